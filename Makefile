@@ -1,0 +1,31 @@
+# Every line here is a command to type; `make demo` is the place to start.
+
+PYTHON = python3
+WORKDIR = runs/scenes
+ARGS =
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "t2i_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	.venv/bin/python -m pip install --quiet -e . --no-deps
+	touch $@
+
+demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
+	JAX_PLATFORMS=cpu .venv/bin/python launch/train.py --config=configs/scenes.py --workdir=$(WORKDIR) $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python launch/sample.py --checkpoint=$(WORKDIR) --out=$(WORKDIR)/samples.png
+	JAX_PLATFORMS=cpu .venv/bin/python launch/evaluate.py --benchmark=scenes --checkpoint=$(WORKDIR) --out=$(WORKDIR)/report.json
+
+test: setup
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,136 @@
+"""The base of every experiment: all keys, what they mean, and the published recipe as their values.
+
+Every other config is a diff of this one. A key that is not here does not exist: unknown keys,
+wrong types and contradictions are refused at start (t2i_jax/config.py).
+
+Units: sizes in pixels, lengths in tokens, everything that counts training in optimiser steps.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The published setting at Gemma 2B's scale (FuseDiT, arXiv 2505.10046, section 3)."""
+    config = ConfigDict()
+    config.name = "base"  # names the default working directory, runs/<name>
+    config.seed = 42  # randomness is a function of (seed, step), data order of (seed, position)
+
+    # Files that training starts from. '' means: made here, from the captions of the data.
+    config.weights = ConfigDict()
+    config.weights.llm = "weights/gemma-2b"  # Hugging Face directory with *.safetensors
+    config.weights.tokenizer = "weights/gemma-2b"  # directory with tokenizer.json
+    config.weights.autoencoder = "weights/sd3-vae"  # diffusers AutoencoderKL directory
+
+    # The frozen language model (Gemma 2B). The DiT shares its heads: N, K and H.
+    config.llm = ConfigDict()
+    config.llm.vocab_size = 256_000  # V
+    config.llm.width = 2048  # D
+    config.llm.num_layers = 18  # L
+    config.llm.num_heads = 8  # N, query heads
+    config.llm.num_kv_heads = 1  # K, key/value heads; divides num_heads
+    config.llm.head_width = 256  # H
+    config.llm.mlp_width = 16_384  # F
+    config.llm.rope_theta = 10_000.0  # base of the rotary frequencies
+    config.llm.norm_eps = 1e-6  # RMSNorm epsilon
+
+    # Pre-training of the language model, used when weights.llm is ''.
+    config.pretrain = ConfigDict()
+    config.pretrain.steps = 0  # optimiser steps of next-token prediction on the captions
+    config.pretrain.batch_size = 256  # captions a step
+    config.pretrain.learning_rate = 3e-3  # peak; linear warm-up, cosine to zero
+    config.pretrain.vocab_size = 0  # of the tokenizer trained on the captions (weights.tokenizer '')
+
+    # The trained diffusion transformer. Heads, rope_theta and norm_eps are the LLM's.
+    config.dit = ConfigDict()
+    config.dit.width = 2048  # D
+    config.dit.num_layers = 18  # the last num_layers layers of the LLM are shared
+    config.dit.mlp_width = 16_384  # F; the published models take the LLM's
+    config.dit.patch_size = 2  # P, in latent pixels
+    config.dit.positions = "2d-rope"  # '2d-rope' | 'ape': how image tokens know their place
+    config.dit.conditioning = "adaln-zero"  # 'adaln-zero' | 'none': how the timestep enters
+    config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
+    config.dit.sandwich_norm = False  # a second norm after attention and MLP
+    config.dit.remat = "none"  # 'none' | 'full' | 'dots': what the backward pass recomputes
+
+    # Pixels <-> latents.
+    config.autoencoder = ConfigDict()
+    config.autoencoder.kind = "kl"  # 'kl' (AutoencoderKL) | 'identity' (train on pixels)
+    config.autoencoder.channels = 16  # C of the latents (3 for identity)
+    config.autoencoder.downsample = 8  # pixels a latent pixel (1 for identity)
+    config.autoencoder.scale = 1.5305  # latent = (sample - shift) * scale
+    config.autoencoder.shift = 0.0609
+
+    # The flow: path, timesteps (t2i_jax/diffusion).
+    config.flow = ConfigDict()
+    config.flow.shift = 3.0  # timestep shift: sigma' = shift s / (1 + (shift - 1) s)
+    config.flow.num_timesteps = 1000  # size of the discrete training schedule
+    config.flow.time_mean = 0.0  # logit-normal timesteps: sigmoid(N(mean, std))
+    config.flow.time_std = 1.0
+
+    config.data = ConfigDict()
+    config.data.source = "webdataset"  # 'webdataset' | 'scenes' | 'digits'
+    config.data.path = "data/cc12m-recaptioned/cc12m-train-{0000..2175}.tar"  # glob, braces, '::'
+    config.data.image_field = "image.jpg"  # member suffixes inside a shard
+    config.data.caption_field = "synthetic_caption.txt"
+    config.data.original_caption_field = "original_caption.txt"
+    config.data.original_caption_rate = 0.0  # how often the original caption is used instead
+    config.data.image_size = 512  # resize the shorter side (bilinear), then crop
+    config.data.center_crop = True  # False: a random crop
+    config.data.flip = False  # mirror half of the images; wrong where captions say left or right
+    config.data.caption_dropout = 0.1  # how often the caption is replaced by ''
+    config.data.instruction = ""  # put before every caption, not before the dropped one
+    config.data.max_text_tokens = 256  # T: captions are cut and right-padded to it, BOS included
+    config.data.validation_size = 512  # samples held out: the last ones of the source
+    config.data.num_threads = 16  # decoding threads a host
+    config.data.prefetch = 4  # batches made ahead
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # 'adamw' | 'muon' (matrices by Muon, the rest by AdamW)
+    config.optimizer.learning_rate = 1e-4  # AdamW's
+    config.optimizer.muon_learning_rate = 0.02  # Muon's, on the matrices
+    config.optimizer.weight_decay = 1e-4  # decoupled, on matrices
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 1.0  # global norm of the gradient
+    config.optimizer.warmup_steps = 0  # linear from 0
+    config.optimizer.schedule = "constant"  # 'constant' | 'linear' | 'cosine': what follows warm-up
+    config.optimizer.decay_steps = 0  # length of the final decay to zero; 0 = all after warm-up
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.99
+    config.ema.every = 100  # steps between updates
+
+    config.train = ConfigDict()
+    config.train.steps = 500_000
+    config.train.batch_size = 512  # global
+    config.train.accumulation = 1  # microbatches a step, one after another
+    config.train.dtype = "bfloat16"  # of the computation; masters, norms and loss are float32
+    config.train.frozen_dtype = "bfloat16"  # of the stored LLM and autoencoder
+    config.train.log_every = 10  # steps between lines of metrics.jsonl
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 5000  # steps
+    config.checkpoint.keep = 3  # newest ones kept
+
+    config.validation = ConfigDict()
+    config.validation.every = 5000  # steps; 0 = never
+    config.validation.timesteps = (0.1, 0.3, 0.5, 0.7, 0.9)  # fixed t at which the loss is taken
+
+    config.sampling = ConfigDict()
+    config.sampling.steps = 25  # Euler steps
+    config.sampling.guidance = 6.0  # classifier-free guidance scale; 1 = conditional only
+    config.sampling.batch_size = 32  # images drawn at once, all devices together
+    config.sampling.every = 5000  # steps between pictures drawn in training; 0 = never
+    config.sampling.prompts = (  # what those pictures show
+        "a photo of a red apple on a wooden table",
+        "a corgi wearing sunglasses on the beach",
+        "an oil painting of a lighthouse in a storm",
+        "two blue cups to the left of a yellow vase",
+    )
+
+    config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: the rest
+    config.mesh.data = 1  # replicas; spans slices
+    config.mesh.fsdp = -1  # shards of parameters, optimiser state and batch
+    config.mesh.tensor = 1  # shards of heads and MLP
+    return config.lock()

@@ -1,0 +1,23 @@
+"""Handwritten digits: `python launch/train.py --config=configs/digits.py`.
+
+The 1,797 scans that come with scikit-learn (`pip install -e '.[digits]'`), 16 x 16 pixels, "a
+handwritten three". The diff to configs/scenes.py is the data.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import scenes
+
+
+def get_config() -> ConfigDict:
+    """A smaller model for a smaller world."""
+    config = scenes.get_config().unlock()
+    config.name = "digits"
+    config.data.update(source="digits", image_size=16, validation_size=297)
+    config.sampling.update(
+        prompts=tuple(
+            f"a handwritten {word}"
+            for word in "zero one two three four five six seven eight nine".split()
+        )
+    )
+    return config.lock()

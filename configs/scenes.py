@@ -1,0 +1,59 @@
+"""The built-in world on a laptop: `python launch/train.py --config=configs/scenes.py`.
+
+24 x 24 pixels in pixel space, procedural scenes with captions in GenEval's six categories; the
+tokenizer and a small LLM are trained on the captions first. `make demo` runs it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """A fused model of six layers that follows its prompts after minutes on two CPU cores."""
+    config = base.get_config().unlock()
+    config.name = "scenes"
+    config.weights.update(llm="", tokenizer="", autoencoder="")
+    config.llm.update(
+        vocab_size=512,
+        width=128,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=1,
+        head_width=32,
+        mlp_width=256,
+    )
+    config.pretrain.update(steps=300, batch_size=128, vocab_size=512)
+    config.dit.update(width=128, num_layers=6, mlp_width=384, patch_size=4)
+    config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
+    config.flow.update(shift=1.0)
+    config.data.update(
+        source="scenes",
+        path="",
+        image_size=24,
+        max_text_tokens=24,
+        validation_size=256,
+        num_threads=1,
+    )
+    config.optimizer.update(
+        name="muon", learning_rate=2e-3, schedule="linear", warmup_steps=50, decay_steps=0
+    )
+    config.ema.update(decay=0.995, every=1)
+    config.train.update(
+        steps=1000, batch_size=128, dtype="float32", frozen_dtype="float32", log_every=1
+    )
+    config.checkpoint.update(every=250, keep=2)
+    config.validation.update(every=250)
+    config.sampling.update(
+        steps=25,
+        guidance=3.0,
+        batch_size=128,
+        every=250,
+        prompts=(
+            "a white circle above a red square",
+            "three green triangles",
+            "a blue cross and a yellow ring",
+            "a purple square to the left of a white ring",
+        ),
+    )
+    return config.lock()

@@ -1,0 +1,39 @@
+"""Scores a checkpoint: python launch/evaluate.py --benchmark=scenes --checkpoint=runs/scenes.
+
+Draws the benchmark's held-out prompts, checks every image, prints a table and writes it as JSON.
+"""
+
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from t2i_jax import cli
+
+BENCHMARK = flags.DEFINE_string("benchmark", "scenes", "'scenes' or 'digits'.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A working directory, or a checkpoint in it.")
+OUT = flags.DEFINE_string("out", "report.json", "The report.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 300, "Images to score.", lower_bound=6)
+SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
+REQUIRE = flags.DEFINE_float("require", None, "Exit with status 1 if the score is below this.")
+flags.mark_flag_as_required("checkpoint")
+
+
+def main(_):
+    from t2i_jax.evaluation import benchmarks
+    from t2i_jax.pipeline import Pipeline
+
+    pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
+    report = benchmarks.run(BENCHMARK.value, pipeline, NUM_IMAGES.value, SEED.value)
+    report = {"checkpoint": CHECKPOINT.value, "weights": WEIGHTS.value, **report}
+    benchmarks.write(OUT.value, report)
+    print(benchmarks.table(report))
+    if REQUIRE.value is not None and report["score"] < REQUIRE.value:
+        sys.exit(f"score {report['score']:.3f} is below the required {REQUIRE.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,53 @@
+"""Draws images: python launch/sample.py --checkpoint=runs/scenes --prompt="a red circle".
+
+Without --prompt or --prompts_file it draws the config's own prompts. Writes one captioned grid.
+"""
+
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import flags
+
+from t2i_jax import cli
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A working directory, or a checkpoint in it.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
+OUT = flags.DEFINE_string("out", "samples.png", "The grid.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images a prompt.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the config's.")
+SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
+flags.mark_flag_as_required("checkpoint")
+
+
+def main(_):
+    from t2i_jax.evaluation import pictures
+    from t2i_jax.pipeline import Pipeline
+    from t2i_jax.training.metrics import Progress
+
+    pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
+    prompts = list(PROMPT.value)
+    if PROMPTS_FILE.value:
+        lines = Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    prompts = prompts or list(pipeline.config.sampling.prompts)
+    prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
+    with Progress(len(prompts), name="drawing") as bar:
+        images = pipeline.draw(
+            prompts,
+            steps=STEPS.value,
+            guidance=GUIDANCE.value,
+            seed=SEED.value,
+            progress=bar.update,
+        )
+    columns = NUM_IMAGES.value if 1 < NUM_IMAGES.value <= 8 else min(8, len(prompts))
+    pictures.grid(images, prompts, columns=columns).save(OUT.value)
+    print(f"{len(images)} images in {OUT.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,68 @@
+"""From a config to its networks, their abstract parameters and where these live."""
+
+import functools
+from typing import Any
+
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from t2i_jax import sharding
+from t2i_jax.models import autoencoder, fusion
+from t2i_jax.models.fusion import FROZEN, TextToImageModel
+
+
+def model(config: ConfigDict) -> TextToImageModel:
+    """The text-to-image model."""
+    return fusion.build(
+        config.llm,
+        config.dit,
+        channels=config.autoencoder.channels,
+        dtype=jnp.dtype(config.train.dtype),
+    )
+
+
+def make_autoencoder(config: ConfigDict, net: Any = None) -> autoencoder.Autoencoder:
+    """The autoencoder; `net` is the network of loaded weights, if there are any."""
+    return autoencoder.make(**config.autoencoder, net=net)
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(height, width, channels) of the latents of one training image."""
+    side = config.data.image_size // config.autoencoder.downsample
+    return (side, side, config.autoencoder.channels)
+
+
+@functools.lru_cache(maxsize=4)
+def _boxed(text_to_image: TextToImageModel, shape: tuple[int, int, int]) -> Any:
+    return jax.eval_shape(lambda key: fusion.init(text_to_image, key, shape), jax.random.key(0))
+
+
+def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
+    """(trained, frozen) parameters, abstract and boxed with their logical axes.
+
+    Frozen ones have the dtype that they are stored in.
+    """
+    boxed = _boxed(model(config), latent_shape(config))
+    trained = {name: part for name, part in boxed.items() if name not in FROZEN}
+    frozen = {name: boxed[name] for name in FROZEN}
+    frozen["autoencoder"] = jax.eval_shape(make_autoencoder(config).init, jax.random.key(0))
+    dtype = jnp.dtype(config.train.frozen_dtype)
+    return trained, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
+
+
+def sharded(boxed: Any, mesh: Mesh) -> Any:
+    """Boxed abstract parameters -> unboxed abstract ones that carry their shardings."""
+    shardings = sharding.param_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        meta.unbox(boxed),
+        shardings,
+    )
+
+
+def count(tree: Any) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(tree))

@@ -1,0 +1,123 @@
+"""What launch scripts share: flags parsed, the config checked, one clear message where they fail.
+
+CONFIG = config_flags.DEFINE_config_file("config")  # no default: it would be read too early
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import re
+import sys
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from t2i_jax import config as configs
+from t2i_jax.config import ConfigError, UserError
+
+_PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+    """`absl.app.run`, but a UserError ends the program with its message alone.
+
+    The status is 2 for a ConfigError, 1 for others.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        with _reported():
+            return parse_flags(argv)
+
+    def guarded(argv: Sequence[str]) -> Any:
+        if not flags.FLAGS["verbosity"].present:  # --verbosity=0 shows what libraries say
+            logging.set_verbosity(logging.WARNING)
+        with _reported():
+            return main(argv)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line into absl's FLAGS; config flags are checked against configs/base.py.
+
+    Raises ConfigError that says what to type instead.
+    """
+    names = [name for name in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[name])]
+    problems = [problem for name in names for problem in _override_problems(name, argv)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        missing = re.search(r"Flag (--\S+) must have a value other than None", str(error))
+        text = f"{missing[1]}=... is required." if missing else str(error)
+        raise ConfigError(f"{text} (--help lists all flags.)") from error
+    if rest[1:]:
+        raise ConfigError(f"what is {' '.join(rest[1:])!r}? Flags look like --name=value.")
+    for name in names:
+        if flags.FLAGS[name].value is not None:
+            configs.validate(flags.FLAGS[name].value, configs.base())
+    return rest
+
+
+def _override_problems(name: str, argv: Sequence[str]) -> Iterator[str]:
+    """What is wrong with `--config=path --config.section.key=value ...`; its file must load."""
+    arguments = list(_arguments(argv))
+    paths = [value for flag, value, _ in arguments if flag == name]
+    overrides = [(f, value, raw) for f, value, raw in arguments if f.startswith(f"{name}.")]
+    if not paths or not paths[-1]:
+        for _, _, raw in overrides:
+            yield f"{raw} changes a config, but there is none: --{name}=configs/... comes first."
+        return
+    config = configs.read(paths[-1])
+    known = configs.flat(config)
+    for flag, value, raw in overrides:
+        key = flag.removeprefix(f"{name}.")
+        if key in known:
+            yield from _value_problems(key, known[key], value, raw, paths[-1])
+        elif isinstance(config.get(key), ConfigDict):
+            keys = ", ".join(f"--{name}.{key}.{part}" for part in config[key])
+            yield f"{raw}: {key} is a section of {paths[-1]}; set its keys: {keys}."
+        else:
+            hint = configs.did_you_mean([f"--{name}.{k}" for k in configs.nearest(key, known)])
+            yield f"{raw}: {paths[-1]} has no key {key}.{hint}"
+
+
+def _value_problems(key: str, now: Any, value: str | None, raw: str, path: str) -> Iterator[str]:
+    if value is None:
+        if not isinstance(now, bool):  # --config.dit.qk_norm alone is true
+            yield f"{raw} has no value; {path} has {key} = {now!r}."
+    elif type(now) in _PARSERS:
+        try:
+            _PARSERS[type(now)].parse(value)
+        except (ValueError, TypeError):
+            kind = type(now).__name__
+            yield f"{raw}: {key} is of type {kind} ({now!r} in {path}), {value!r} is not."
+
+
+def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
+    """(flag without dashes, value or None, as typed) of every flag; '--flag value' is one too."""
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            return
+        match = re.match(r"--?([A-Za-z]\S*?)(=|$)", argument)
+        if not match:
+            continue
+        flag, value = match[1], argument[match.end() :] if match[2] else None
+        if value is None and i + 1 < len(argv) and not argv[i + 1].startswith("-"):
+            value = argv[i + 1]
+        if flag.startswith("no") and flag[2:].partition(".")[0] in flags.FLAGS:
+            flag, value = flag[2:], None  # --noconfig.dit.qk_norm
+        yield flag, value, argument
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,357 @@
+"""Configs: read, checked before anything runs, kept in checkpoints.
+
+A config is a locked `ml_collections.ConfigDict`. configs/base.py is the schema: its keys are all
+keys there are, its values give their types. Whatever is wrong is said at start, all of it in one
+ConfigError, every line naming a key (t2i_jax/cli.py shows it without a traceback).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import difflib
+import importlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+import re
+import sys
+import traceback
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from t2i_jax.data.sources import SOURCES
+from t2i_jax.models.dit import CONDITIONING
+from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.models.positions import IMAGE_POSITIONS
+from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "autoencoder.kind": ("kl", "identity"),
+    "data.source": tuple(SOURCES),
+    "dit.conditioning": tuple(CONDITIONING),
+    "dit.positions": tuple(IMAGE_POSITIONS),
+    "dit.remat": tuple(REMAT_POLICIES),
+    "optimizer.name": tuple(OPTIMIZERS),
+    "optimizer.schedule": tuple(SCHEDULES),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.frozen_dtype": ("float32", "bfloat16"),
+}
+
+_Range = tuple[Callable[[float], bool], str]
+_POSITIVE: _Range = (lambda x: x > 0, "positive")
+_OR_ZERO: _Range = (lambda x: x >= 0, "zero or more")
+_RATE: _Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
+_DECAY: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_SHARDS: _Range = (lambda x: x == -1 or x > 0, "positive, or -1: the rest of the devices")
+
+# What numbers may be. Those that are not named here are positive.
+RANGES: dict[str, _Range] = {
+    "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
+    "pretrain.steps": _OR_ZERO,
+    "pretrain.vocab_size": _OR_ZERO,
+    "autoencoder.shift": (lambda x: True, "finite"),
+    "flow.time_mean": (lambda x: True, "finite"),
+    "data.caption_dropout": _RATE,
+    "data.original_caption_rate": _RATE,
+    "data.max_text_tokens": (lambda x: x >= 2, "at least 2: the first token, BOS, and one more"),
+    "data.validation_size": _OR_ZERO,
+    "optimizer.weight_decay": _OR_ZERO,
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.warmup_steps": _OR_ZERO,
+    "optimizer.decay_steps": _OR_ZERO,
+    "ema.decay": _DECAY,
+    "validation.every": _OR_ZERO,
+    "sampling.every": _OR_ZERO,
+    "sampling.guidance": _OR_ZERO,
+    "mesh.data": _SHARDS,
+    "mesh.fsdp": _SHARDS,
+    "mesh.tensor": _SHARDS,
+}
+
+
+class UserError(Exception):
+    """Something for the user to put right: launch scripts show the message, and no traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config or command line that cannot work."""
+
+
+# --- reading ---
+
+
+def base() -> ConfigDict:
+    """configs/base.py of the checkout: beside the running launch script, or beside this package.
+
+    Makes `from configs import ...` work for config files, wherever the program was started.
+    """
+    roots = [Path(sys.argv[0]).resolve().parent.parent, Path(__file__).resolve().parent.parent]
+    for root in roots:
+        if (root / "configs" / "base.py").is_file():
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))
+            return importlib.import_module("configs.base").get_config()
+    looked = ", ".join(map(str, roots))
+    raise ConfigError(f"configs/base.py, the schema of every config, is not in {looked}")
+
+
+def load(path: str) -> ConfigDict:
+    """The checked, locked config of 'configs/scenes.py' or 'configs/file.py:argument'."""
+    schema = base()
+    config = read(path)
+    validate(config, schema)
+    return config.lock()
+
+
+def read(path: str) -> ConfigDict:
+    """What the file's get_config returns, unchecked."""
+    base()
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        beside = sorted(str(p) for p in Path(file).parent.glob("*.py"))
+        hint = did_you_mean(difflib.get_close_matches(file, beside, 1))
+        raise ConfigError(f"{file}: no such config file.{hint}")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*argument)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        line = f", line {frames[-1].lineno}" if frames else ""
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise ConfigError(f"{file}{line}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(config)}.")
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    """Text from which `from_json` makes the same config: types, tuples and floats exactly."""
+    for key, value in flat(config).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(part is None or type(part) in (bool, int, float, str) for part in parts):
+            raise ConfigError(f"{key} = {value!r}: a config holds numbers, strings and tuples.")
+    try:
+        return json.dumps(config.to_dict(), indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"A config with a number that is not finite: {error}") from error
+
+
+def from_json(text: str) -> ConfigDict:
+    """The locked config of `to_json`'s text; nothing in it is executed. Raises ConfigError."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(part) for key, part in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    try:
+        values = tuples(json.loads(text))
+        if not isinstance(values, dict):
+            raise ValueError(f"an object is expected, got {type(values).__name__}")
+        return ConfigDict(values).lock()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"This is not a config's JSON: {error}") from error
+
+
+# --- checking ---
+
+
+def validate(config: ConfigDict, schema: ConfigDict | None = None) -> None:
+    """Raises one ConfigError that lists every difference from `schema` and every contradiction."""
+    problems = [] if schema is None else differences(config, schema)
+    if schema is not None:  # the rules need every key in its type, so what lacks is filled in
+        config, wrong = _repaired(config, schema)
+        problems += [p for p in contradictions(config) if not any(_names(p, key) for key in wrong)]
+    else:
+        problems = contradictions(config)
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise ConfigError(f"the config {config.name!r} has {count}:\n  " + "\n  ".join(problems))
+
+
+def differences(config: ConfigDict, schema: ConfigDict) -> list[str]:
+    """Keys that the schema lacks, keys that the config lacks, and values of other types."""
+    here, known = flat(config), flat(schema)
+    problems = []
+    for key in here.keys() - known.keys():
+        hint = did_you_mean(nearest(key, known))
+        problems.append(f"{key} is not a key of configs/base.py.{hint}")
+    problems += [f"{key} is missing (configs/base.py has it)" for key in known.keys() - here.keys()]
+    for key in here.keys() & known.keys():
+        value, like = here[key], known[key]
+        if not _same_type(value, like):
+            problems.append(f"{key} = {value!r} is {_type(value)}, not {_type(like)} like {like!r}")
+    return sorted(problems)
+
+
+def contradictions(config: ConfigDict) -> list[str]:
+    """What cannot work in a config that has all keys, in their types."""
+    problems = []
+    for key, value in flat(config).items():
+        if key in CHOICES and value not in CHOICES[key]:
+            hint = did_you_mean(difflib.get_close_matches(value, CHOICES[key], 1, 0.4))
+            problems.append(f"{key} = {value!r} is unknown; known: {list(CHOICES[key])}.{hint}")
+        if type(value) in (int, float):
+            allowed, words = RANGES.get(key, _POSITIVE)
+            if not (math.isfinite(value) and allowed(value)):
+                problems.append(f"{key} = {value} must be {words}")
+    for rules in (_model_rules, _data_rules, _training_rules):
+        problems += rules(config)
+    return problems
+
+
+def _divides(config: ConfigDict, whole: str, part: str) -> Iterator[str]:
+    values = flat(config)
+    if values[part] > 0 and values[whole] % values[part]:
+        yield f"{whole} = {values[whole]} is not divisible by {part} = {values[part]}"
+
+
+def _model_rules(config: ConfigDict) -> Iterator[str]:
+    llm, dit, weights, autoencoder = config.llm, config.dit, config.weights, config.autoencoder
+    yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
+    if llm.head_width % 4:
+        yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
+    if dit.num_layers > llm.num_layers:
+        yield (
+            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
+            "a layer of the DiT shares one of the LLM"
+        )
+    if not weights.llm and not config.pretrain.steps:
+        yield "weights.llm = '' and pretrain.steps = 0: an LLM is loaded or trained here"
+    if weights.llm and not weights.tokenizer:
+        yield f"weights.tokenizer = '', but weights.llm = {weights.llm!r} needs its own"
+    if not weights.tokenizer and not config.pretrain.vocab_size:
+        yield "weights.tokenizer = '' and pretrain.vocab_size = 0: how large is the one made here?"
+    if not weights.tokenizer and config.pretrain.vocab_size > llm.vocab_size:
+        yield (
+            f"pretrain.vocab_size = {config.pretrain.vocab_size} is more than llm.vocab_size = "
+            f"{llm.vocab_size}: every token needs an embedding"
+        )
+    if autoencoder.kind == "identity":
+        for key, wanted in (("channels", 3), ("downsample", 1)):
+            if autoencoder[key] != wanted:
+                yield (
+                    f"autoencoder.{key} = {autoencoder[key]}, but autoencoder.kind = 'identity' "
+                    f"(pixels) has {wanted}"
+                )
+        if weights.autoencoder:
+            yield (
+                f"weights.autoencoder = {weights.autoencoder!r}, but autoencoder.kind = 'identity' "
+                "has no weights"
+            )
+    elif not weights.autoencoder:
+        yield f"weights.autoencoder = '', but autoencoder.kind = {autoencoder.kind!r} needs weights"
+
+
+def _data_rules(config: ConfigDict) -> Iterator[str]:
+    data = config.data
+    cell = config.autoencoder.downsample * config.dit.patch_size
+    if cell > 0 and data.image_size % cell:
+        yield (
+            f"data.image_size = {data.image_size} is not divisible by autoencoder.downsample * "
+            f"dit.patch_size = {cell}"
+        )
+    if data.source == "webdataset":
+        for key in ("path", "image_field", "caption_field"):
+            if not data[key]:
+                yield f"data.{key} = '', but data.source = 'webdataset' needs it"
+        if data.original_caption_rate > 0 and not data.original_caption_field:
+            yield (
+                f"data.original_caption_rate = {data.original_caption_rate}, but "
+                "data.original_caption_field = '' names none"
+            )
+    elif data.flip:
+        yield f"data.flip = True, but data.source = {data.source!r} has a left and a right"
+    if config.validation.every and not data.validation_size:
+        yield f"validation.every = {config.validation.every}, but data.validation_size = 0"
+
+
+def _training_rules(config: ConfigDict) -> Iterator[str]:
+    train, optimizer, sampling, mesh = config.train, config.optimizer, config.sampling, config.mesh
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.name):
+        yield f"name = {config.name!r} must be letters, digits and any of _ . - /, for runs/<name>"
+    yield from _divides(config, "train.batch_size", "train.accumulation")
+    if optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > train.steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} + optimizer.decay_steps = "
+            f"{optimizer.decay_steps} is more than train.steps = {train.steps}"
+        )
+    if optimizer.decay_steps and optimizer.schedule == "constant":
+        yield (
+            f"optimizer.decay_steps = {optimizer.decay_steps}, but optimizer.schedule = 'constant' "
+            "does not decay"
+        )
+    if sampling.steps > config.flow.num_timesteps:
+        yield (
+            f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "
+            f"{config.flow.num_timesteps}, the levels there are"
+        )
+    if sampling.every and not sampling.prompts:
+        yield f"sampling.every = {sampling.every}, but sampling.prompts is empty"
+    times = config.validation.timesteps
+    if config.validation.every and not times:
+        yield f"validation.every = {config.validation.every}, but validation.timesteps is empty"
+    if not all(0 < t <= 1 for t in times):
+        yield f"validation.timesteps = {times} must be above 0 (data) and at most 1 (noise)"
+    free = [f"mesh.{axis}" for axis in mesh if mesh[axis] == -1]
+    if len(free) > 1:
+        yield f"{' = '.join(free)} = -1: only one axis can take the rest of the devices"
+    shards, rows = mesh.data * mesh.fsdp, train.batch_size // max(train.accumulation, 1)
+    if "mesh.data" not in free and "mesh.fsdp" not in free and shards > 0 and rows % shards:
+        yield (
+            f"train.batch_size / train.accumulation = {rows} is not divisible by mesh.data * "
+            f"mesh.fsdp = {shards}"
+        )
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{'train.steps': 1000, ...}; an empty section is a key of its own."""
+    out = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict) and len(value)
+        out.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return out
+
+
+def _repaired(config: ConfigDict, schema: ConfigDict) -> tuple[ConfigDict, list[str]]:
+    """The schema with what is usable in the config, and the keys that were not."""
+    here = flat(config)
+    known = flat(schema)
+    wrong = [k for k in known if k not in here or not _same_type(here[k], known[k])]
+    repaired = schema.copy_and_resolve_references()
+    repaired.update_from_flattened_dict({k: here[k] for k in known if k not in wrong})
+    return repaired, wrong
+
+
+def _names(text: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text) is not None
+
+
+def _same_type(value: Any, like: Any) -> bool:
+    if type(value) is not type(like):
+        return False
+    if not isinstance(value, tuple) or not like:
+        return True
+    kinds = (int, float) if isinstance(like[0], float) else (type(like[0]),)
+    return all(type(part) in kinds for part in value)
+
+
+def _type(value: Any) -> str:
+    name = type(value).__name__
+    if isinstance(value, tuple) and value:
+        name += f" of {'/'.join(sorted({type(part).__name__ for part in value}))}"
+    return name
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """Keys of the same last name in other sections, else the one that is spelled most alike."""
+    leaf = key.rsplit(".", 1)[-1]
+    same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    return difflib.get_close_matches(key, same, 2, 0) or difflib.get_close_matches(key, known, 1)
+
+
+def did_you_mean(nearest: Sequence[str]) -> str:
+    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""

@@ -1,0 +1,1 @@
+"""The input side: sources of captioned images, tokenizers, and the deterministic loader."""

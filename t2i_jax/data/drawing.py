@@ -1,0 +1,245 @@
+"""The look of the scenes world: its palette and shapes, where they stand, how they are drawn.
+
+A shape is a function from coordinates to *coverage*, the share of a pixel that lies inside, taken
+from the signed distance to the outline. That is anti-aliased at any size without supersampling,
+costs a few array operations on the object's own window, and gives the scorer its templates: the
+picture and the reading of it share one definition of each shape.
+
+Coordinates are canvas fractions with the origin at the top left, x to the right and y downwards.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import numpy as np
+
+COLORS = {
+    "red": (224, 44, 44),
+    "green": (52, 200, 76),
+    "blue": (52, 96, 240),
+    "yellow": (244, 214, 48),
+    "purple": (172, 64, 208),
+    "white": (242, 242, 242),
+}
+BACKGROUNDS = {"black": (13, 13, 15), "grey": (74, 74, 76), "brown": (92, 58, 28)}
+
+RELATIONS = ("above", "below", "left", "right")
+INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left"}
+
+# Layouts are made in pixels of a 24-pixel canvas, and returned in fractions of it.
+CANVAS = 24.0
+_MARGIN = 1.0
+_GAP, _GAP_OF_MANY = 2.0, 1.75  # least distance between the boxes of two objects
+SIZES = {"small": (8.5, 10.5), "medium": (10.5, 12.5), "large": (12.5, 14.5)}  # of one object
+_SIZES_OF_TWO, _SIZES_OF_MANY = (8.0, 9.75), (6.9, 7.9)
+_SLANT = 0.4  # largest offset across a relation's axis, relative to that along it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Object:
+    """One object: the centre of its bounding box and its width, as fractions of the canvas.
+
+    `rgb` (0 to 255) is the colour as drawn, by default the palette's.
+    """
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    size: float
+    rgb: tuple[float, float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scene:
+    """Objects on a background, its shade `rgb` rising by `gradient` (x, y) over the canvas."""
+
+    category: str
+    objects: tuple[Object, ...]
+    background: str
+    rgb: tuple[float, float, float] | None = None
+    gradient: tuple[float, float] = (0.0, 0.0)
+
+
+class Draws:
+    """Uniform random draws that depend on the seed alone.
+
+    They are taken from the generator in blocks, because single ones cost far more.
+    """
+
+    def __init__(self, *seed: int):
+        self._generator = np.random.default_rng(seed)
+        self._block = []
+
+    def __call__(self) -> float:
+        if not self._block:
+            self._block = self._generator.random(48).tolist()
+        return self._block.pop()
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * self()
+
+    def choose(self, items):
+        return items[int(self() * len(items))]
+
+
+def relation_of(first: Object, second: Object) -> str:
+    """The first object's relation to the second, on the axis on which they are further apart."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def _scatter(
+    draw: Draws, n: int, cell: float, x: float, y: float, width: float, height: float
+) -> list:
+    """Centres of n square cells in a rectangle, cut at random until each cell has its own part."""
+    half = cell / 2
+    if n == 1:
+        return [
+            (draw.uniform(x + half, x + width - half), draw.uniform(y + half, y + height - half))
+        ]
+    cuts = []
+    for across, length, depth in ((True, width, height), (False, height, width)):
+        rows = int(depth / cell + 1e-9)
+        for k in range(1, n):
+            low, high = cell * math.ceil(k / rows), length - cell * math.ceil((n - k) / rows)
+            if low <= high:
+                cuts.append((across, k, low, high))
+    across, k, low, high = draw.choose(cuts)
+    cut = draw.uniform(low, high)
+    if across:
+        first, rest = (x, y, cut, height), (x + cut, y, width - cut, height)
+    else:
+        first, rest = (x, y, width, cut), (x, y + cut, width, height - cut)
+    return _scatter(draw, k, cell, *first) + _scatter(draw, n - k, cell, *rest)
+
+
+def _relate(draw: Draws, relation: str, first: float, second: float) -> list:
+    """Centres of boxes of two sizes: apart along the relation's axis, and less along the other."""
+    before, after = (first, second) if relation in ("above", "left") else (second, first)
+    slack = CANVAS - 2 * _MARGIN - before - after - _GAP
+    low, high = sorted((draw.uniform(0.0, slack), draw.uniform(0.0, slack)))
+    start = _MARGIN + low + before / 2
+    end = start + (before + after) / 2 + _GAP + high - low
+    reach = _SLANT * (end - start)
+    inset = _MARGIN + max(first, second) / 2
+    side = draw.uniform(inset, CANVAS - inset)
+    other = draw.uniform(max(inset, side - reach), min(CANVAS - inset, side + reach))
+    places = [(start, side), (end, other)]
+    if relation in ("above", "below"):
+        places = [(x, y) for y, x in places]
+    return places if relation in ("above", "left") else places[::-1]
+
+
+def arrange(
+    draw: Draws,
+    n: int,
+    size: str | None = None,
+    relation: str | None = None,
+    alike: bool = False,
+) -> list[tuple[float, float, float]]:
+    """Centre x, y and width, in canvases, of n objects that do not touch.
+
+    One object has the named size. Two stand in a relation if one is given. Up to four that are
+    alike differ little in width; otherwise there are at most two.
+    """
+    gap = _GAP_OF_MANY if alike else _GAP
+    if alike:
+        width = draw.uniform(*_SIZES_OF_MANY)
+        widths = [width * draw.uniform(0.97, 1.03) for _ in range(n)]
+    else:
+        widths = [draw.uniform(*(SIZES[size] if n == 1 else _SIZES_OF_TWO)) for _ in range(n)]
+    if relation:
+        centres = _relate(draw, relation, *widths)
+    else:
+        start, side = _MARGIN - gap / 2, CANVAS - 2 * _MARGIN + gap
+        centres = _scatter(draw, n, max(widths) + gap, start, start, side, side)
+    return [
+        (x / CANVAS, y / CANVAS, width / CANVAS)
+        for (x, y), width in zip(centres, widths, strict=True)
+    ]
+
+
+def _circle(x, y, size, edge):
+    return np.clip(0.5 - (np.hypot(x, y) - 0.5 * size) / edge, 0.0, 1.0)
+
+
+def _ring(x, y, size, edge):
+    distance = np.abs(np.hypot(x, y) - 0.375 * size) - 0.125 * size
+    return np.clip(0.5 - distance / edge, 0.0, 1.0)
+
+
+def _interval(x, half, edge):
+    return np.clip(0.5 - (np.abs(x) - half) / edge, 0.0, 1.0)
+
+
+def _square(x, y, size, edge):
+    half = 0.44 * size
+    return _interval(x, half, edge) * _interval(y, half, edge)
+
+
+def _cross(x, y, size, edge):
+    long, short = 0.5 * size, 0.17 * size
+    x_short, y_short = _interval(x, short, edge), _interval(y, short, edge)
+    bars = _interval(x, long, edge) * y_short + x_short * _interval(y, long, edge)
+    return bars - x_short * y_short
+
+
+def _triangle(x, y, size, edge):
+    # Base `size`, height 0.9 `size`, apex up. The slanted sides have the normal (0.9, -0.5) / |.|.
+    side = (0.9 * np.abs(x) - 0.5 * y - 0.225 * size) / np.hypot(0.9, 0.5)
+    return np.clip(0.5 - np.maximum(side, y - 0.45 * size) / edge, 0.0, 1.0)
+
+
+_COVERAGE: dict[str, Callable] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+}
+SHAPES = tuple(_COVERAGE)
+
+
+def coverage(shape: str, x, y, size, edge=1.0) -> np.ndarray:
+    """Share of each point's pixel inside a shape centred at the origin, 0 to 1.
+
+    `x`, `y`, `size` and `edge`, the width over which the outline fades, are in pixels and
+    broadcast together.
+    """
+    if shape not in _COVERAGE:
+        raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
+    return _COVERAGE[shape](x, y, size, edge)
+
+
+def _backdrop(scene: Scene, image_size: int) -> np.ndarray:
+    rgb = BACKGROUNDS[scene.background] if scene.rgb is None else scene.rgb
+    image = np.empty((image_size, image_size, 3), np.float32)
+    image[:] = rgb
+    gx, gy = scene.gradient
+    if gx or gy:
+        ramp = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
+        image += (gx * ramp[None, :] + gy * ramp[:, None])[:, :, None]
+    return image
+
+
+def render(scene: Scene, image_size: int) -> np.ndarray:
+    """Draws a scene as uint8 (image_size, image_size, 3)."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    image = _backdrop(scene, image_size)
+    for item in scene.objects:
+        cx, cy, size = item.x * image_size, item.y * image_size, item.size * image_size
+        reach = 0.5 * size + 1.0
+        left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, image_size)
+        top, bottom = max(int(cy - reach), 0), min(int(cy + reach) + 1, image_size)
+        x = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - cx)
+        y = np.arange(top, bottom, dtype=np.float32) + np.float32(0.5 - cy)
+        alpha = coverage(item.shape, x[None, :], y[:, None], size)[:, :, None]
+        window = image[top:bottom, left:right]
+        rgb = COLORS[item.color] if item.rgb is None else item.rgb
+        window += alpha * (np.array(rgb, np.float32) - window)
+    return (np.clip(image, 0.0, 255.0) + 0.5).astype(np.uint8)

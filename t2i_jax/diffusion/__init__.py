@@ -1,0 +1,1 @@
+"""The mathematics of the flow: path and target, timesteps, guidance, solvers."""

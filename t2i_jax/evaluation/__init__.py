@@ -1,0 +1,1 @@
+"""Measuring a model: what its pictures show, and how good they are."""

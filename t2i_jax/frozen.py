@@ -1,0 +1,79 @@
+"""What a run does not train: tokenizer, language model, autoencoder.
+
+They come from where `config.weights` says, or, where an entry is '', were made by the run itself
+from the captions of its data and lie in its working directory:
+
+    <workdir>/tokenizer/    tokenizer.json
+    <workdir>/llm/          parameters of the pre-trained language model
+"""
+
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from t2i_jax import build, checkpoint
+from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.interop import huggingface
+from t2i_jax.models.autoencoder import Autoencoder
+
+
+def tokenizer_path(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Where the tokenizer is, or will be."""
+    return epath.Path(config.weights.tokenizer or epath.Path(workdir) / "tokenizer")
+
+
+def llm_path(workdir: epath.PathLike) -> epath.Path:
+    """Where a language model that the run pre-trains is, or will be."""
+    return epath.Path(workdir) / "llm"
+
+
+def missing(config: ConfigDict) -> list[str]:
+    """One message for every file that the config names and that is not there."""
+    problems = []
+    if config.weights.llm:
+        problems += huggingface.find_weights(config.weights.llm, "llm")
+    if config.weights.tokenizer:
+        try:
+            Tokenizer.load(config.weights.tokenizer)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if config.autoencoder.kind != "identity":
+        problems += huggingface.find_weights(config.weights.autoencoder, "autoencoder")
+    return problems
+
+
+def load(
+    config: ConfigDict, workdir: epath.PathLike, mesh: Mesh
+) -> tuple[Tokenizer, Autoencoder, dict[str, Any]]:
+    """Tokenizer, autoencoder and the frozen parameters {'llm', 'autoencoder'}, sharded.
+
+    Raises FileNotFoundError or ValueError that names the file.
+    """
+    _, boxed = build.abstract_params(config)
+    like = build.sharded(boxed, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    dtype = jnp.dtype(config.train.frozen_dtype)
+    tokenizer = Tokenizer.load(tokenizer_path(config, workdir))
+    if tokenizer.vocab_size > config.llm.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {tokenizer_path(config, workdir)} has {tokenizer.vocab_size} tokens, "
+            f"more than llm.vocab_size = {config.llm.vocab_size}."
+        )
+    if config.weights.llm:
+        llm = huggingface.load_gemma(config.weights.llm, config.llm, shardings["llm"], dtype)
+    else:
+        llm = checkpoint.load_tree(llm_path(workdir), like["llm"])
+    if config.autoencoder.kind == "identity":
+        return tokenizer, build.make_autoencoder(config), {"llm": llm, "autoencoder": {}}
+    net, params = huggingface.load_autoencoder(
+        config.weights.autoencoder,
+        dtype,
+        config=config.autoencoder,
+        shardings=shardings["autoencoder"],
+    )
+    net = net.clone(dtype=jnp.dtype(config.train.dtype))
+    return tokenizer, build.make_autoencoder(config, net), {"llm": llm, "autoencoder": params}

@@ -1,0 +1,179 @@
+"""The layers that every network here is made of. Each owns its weight, its einsum and its axes.
+
+Shape letters: B batch, T text or I image tokens (S either), D width, N query heads, K key/value
+heads, H head width, F feed-forward width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t2i_jax.sharding import with_axes
+
+Initializer = Callable[..., jax.Array]
+Dtype = Any
+
+zeros = nn.initializers.zeros
+
+
+class Einsum(nn.Module):
+    """x, weight -> einsum(equation), the weight's axes named after what they are.
+
+    The default initialiser is Xavier uniform, its fans read off the equation: the weight's letters
+    that the output lacks are inputs, the others outputs. A bias, if any, has the output letters.
+    """
+
+    equation: str  # e.g. 'BSD,DNH->BSNH'
+    shape: tuple[int, ...]  # of the weight
+    axes: tuple[str, ...]  # logical names of the weight's axes
+    bias: bool = False
+    init: Initializer | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands, output = self.equation.split("->")
+        letters = operands.split(",")[1]
+        out_axis = tuple(i for i, letter in enumerate(letters) if letter in output)
+        in_axis = tuple(i for i in range(len(letters)) if i not in out_axis)
+        init = self.init or nn.initializers.variance_scaling(
+            1.0, "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis
+        )
+        weight = self.param("weight", with_axes(init, self.axes), self.shape)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+        if self.bias:
+            shape, axes = zip(*((self.shape[i], self.axes[i]) for i in out_axis), strict=True)
+            axes = tuple("norm" if axis == "embed" else axis for axis in axes)
+            bias = self.param("bias", with_axes(zeros, axes), shape)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Token embedding, tied: `encode` looks up, `decode` gives logits."""
+
+    vocab_size: int  # V
+    width: int  # D
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        init = with_axes(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.weight = self.param("weight", init, (self.vocab_size, self.width))
+
+    def encode(self, ids_BT: jax.Array) -> jax.Array:
+        """(B, T) int -> (B, T, D)."""
+        return jnp.take(self.weight, ids_BT, axis=0).astype(self.dtype)
+
+    def decode(self, x_BTD: jax.Array) -> jax.Array:
+        """(B, T, D) -> float32 logits (B, T, V)."""
+        weight = self.weight.astype(self.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, weight, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight) over the last axis, in float32, as Gemma's. Returns float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", with_axes(zeros, ("norm",)), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * (1.0 + weight.astype(jnp.float32))
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)), the GELU in its tanh form, as Gemma's: (B, S, D) -> same."""
+
+    width: int  # D
+    mlp_width: int  # F
+    init: Initializer | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        into = {"shape": (self.width, self.mlp_width), "axes": ("embed", "mlp")}
+        into.update(init=self.init, dtype=self.dtype)
+        gate_BSF = Einsum("BSD,DF->BSF", name="gate", **into)(x_BSD)
+        up_BSF = Einsum("BSD,DF->BSF", name="up", **into)(x_BSD)
+        return Einsum(
+            "BSF,FD->BSD",
+            (self.mlp_width, self.width),
+            ("mlp", "embed"),
+            init=self.init,
+            dtype=self.dtype,
+            name="down",
+        )(jax.nn.gelu(gate_BSF, approximate=True) * up_BSF)
+
+
+class QKV(nn.Module):
+    """The query, key and value projections of one attention, heads split.
+
+    (B, S, D) -> (B, S, N, H), (B, S, K, H), (B, S, K, H).
+    """
+
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_width: int  # H
+    init: Initializer | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        width = x_BSD.shape[-1]
+        both = {"init": self.init, "dtype": self.dtype}
+        q_shape = (width, self.num_heads, self.head_width)
+        kv_shape = (width, self.num_kv_heads, self.head_width)
+        q_axes, kv_axes = ("embed", "heads", "head"), ("embed", "kv_heads", "head")
+        q_BSNH = Einsum("BSD,DNH->BSNH", q_shape, q_axes, name="q", **both)(x_BSD)
+        k_BSKH = Einsum("BSD,DKH->BSKH", kv_shape, kv_axes, name="k", **both)(x_BSD)
+        v_BSKH = Einsum("BSD,DKH->BSKH", kv_shape, kv_axes, name="v", **both)(x_BSD)
+        return q_BSNH, k_BSKH, v_BSKH
+
+
+def output_projection(x_BSNH: jax.Array, width: int, init=None, dtype=jnp.float32, name="out"):
+    """(B, S, N, H) -> (B, S, D); to be called inside a compact module."""
+    shape = (*x_BSNH.shape[-2:], width)
+    axes = ("heads", "head", "embed")
+    return Einsum("BSNH,NHD->BSD", shape, axes, init=init, dtype=dtype, name=name)(x_BSNH)
+
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The block, its backward pass recomputing what the named policy does not keep.
+
+    'none' keeps everything, 'full' keeps the block's input alone, 'dots' keeps the outputs of the
+    weight products. Raises ValueError for another name.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"Unknown remat policy {policy!r}; known: {list(REMAT_POLICIES)}.")
+    if policy == "none":
+        return block
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def scan_layers(block: type[nn.Module], num_layers: int, in_axes) -> type[nn.Module]:
+    """The block repeated over `num_layers` stacked layers: (carry, *inputs) -> (carry, outputs).
+
+    `in_axes` says for every input whether it has a leading layer axis (0) or is shared
+    (`nn.broadcast`). Outputs are stacked; parameters get a leading 'layers' axis.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        out_axes=0,
+        length=num_layers, unroll=int(__import__("os").environ.get("UNROLL","1")),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

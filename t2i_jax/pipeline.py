@@ -1,0 +1,147 @@
+"""From prompts to images.
+
+    pipeline = Pipeline.load("runs/scenes")
+    images = pipeline(["a red circle above a blue square"], seed=0)
+
+The text memory of a prompt is made once for all steps, that of the empty prompt once a batch.
+Image i of a seed starts from noise that depends on (seed, i) alone, so it is the same picture in
+any batch and on any number of devices.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+from PIL import Image
+
+from t2i_jax import build, checkpoint, frozen, sharding
+from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.diffusion import sampling, time
+from t2i_jax.models.autoencoder import Autoencoder
+from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.models.memory import TextMemory, concatenate, repeat
+
+
+class Pipeline(NamedTuple):
+    """A model with its weights, tokenizer and autoencoder, ready to draw."""
+
+    config: ConfigDict
+    model: TextToImageModel
+    autoencoder: Autoencoder
+    tokenizer: Tokenizer
+    params: Any  # trained
+    frozen: Any  # {'llm', 'autoencoder'}
+    mesh: Mesh
+
+    @classmethod
+    def load(cls, path: epath.PathLike, *, weights: str = "ema") -> "Pipeline":
+        """The pipeline of a checkpoint: a working directory, or one of its checkpoints.
+
+        `weights` is 'ema' (the average) or 'params' (as trained). Raises FileNotFoundError where
+        there is no checkpoint, saying what is there.
+        """
+        workdir, step = checkpoint.find(path)
+        with checkpoint.Checkpoints(workdir) as saved:
+            config = saved.config(step)
+            mesh = sharding.make_mesh(**config.mesh)
+            tokenizer, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
+            like = build.sharded(build.abstract_params(config)[0], mesh)
+            params = saved.weights(step, weights, like)
+        model = build.model(config)
+        return cls(config, model, autoencoder, tokenizer, params, frozen_params, mesh)
+
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]:
+        """Images of one or several prompts; options as of `draw`."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return [Image.fromarray(image) for image in self.draw(prompts, **options)]
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        progress: Any = None,
+    ) -> np.ndarray:
+        """One image a prompt: uint8 (n, H, W, 3).
+
+        `steps`, `guidance` and `batch_size` default to the config's sampling section. `progress`,
+        if given, is called with the number of images drawn so far. Raises ValueError for no
+        prompts, and for steps out of range.
+        """
+        if not prompts:
+            raise ValueError("No prompts to draw.")
+        c = self.config
+        steps = c.sampling.steps if steps is None else steps
+        guidance = c.sampling.guidance if guidance is None else guidance
+        sigmas = time.sampling_sigmas(steps, c.flow.num_timesteps, c.flow.shift)
+        size = self._batch_size(min(batch_size or c.sampling.batch_size, len(prompts)))
+        images = []
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            real = len(batch)
+            batch += [""] * (size - real)
+            images.append(self._draw_batch(batch, sigmas, guidance, seed, start)[:real])
+            if progress:
+                progress(start + real)
+        return np.concatenate(images)
+
+    def _batch_size(self, size: int) -> int:
+        shards = sharding.batch_shards(self.mesh)
+        return -(-size // shards) * shards
+
+    def _draw_batch(self, prompts, sigmas, guidance, seed, first) -> np.ndarray:
+        c = self.config
+        texts = [c.data.instruction + prompt if prompt else "" for prompt in prompts]
+        ids, mask = self.tokenizer.encode([*texts, ""], c.data.max_text_tokens)
+        replicated = sharding.replicated(self.mesh)
+        with jax.set_mesh(self.mesh):
+            images = _solve(
+                self.model,
+                self.autoencoder,
+                build.latent_shape(c),
+                guidance == 1,
+                {"params": self.params, "frozen": self.frozen},
+                jax.device_put((ids[:-1], mask[:-1]), sharding.batch_sharding(self.mesh)),
+                jax.device_put((ids[-1:], mask[-1:]), replicated),
+                jax.device_put(np.arange(first, first + len(prompts)), replicated),
+                jax.random.key(seed),
+                sigmas,
+                np.float32(guidance),
+            )
+            gathered = jax.device_put(images, replicated)
+        return np.asarray(gathered)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _solve(
+    model, autoencoder, latent_shape, unguided, weights, text, null, index_B, key, sigmas, guidance
+):
+    """Token ids to uint8 images, one compiled program: memories, Euler's loop, decoding."""
+    trained, fixed = weights["params"], weights["frozen"]
+
+    def encode_text(ids, mask) -> TextMemory:
+        features = model.apply({"params": {"llm": fixed["llm"]}}, ids, mask, method="read_text")
+        return model.apply({"params": trained}, features, method="remember")
+
+    def denoise(z, t_B, memory):
+        return model.apply({"params": trained}, z, t_B, memory, method="denoise")
+
+    memory = encode_text(*text)
+    null_memory = repeat(encode_text(*null), len(index_B))
+    velocity = sampling.guided(
+        denoise, memory, null_memory, 1 if unguided else guidance, concatenate
+    )
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent_shape))(index_B)
+    noise = sharding.constrain(noise, "batch", None, None, None)
+    z = sampling.euler(velocity, noise, sigmas)
+    images = autoencoder.decode(fixed["autoencoder"], z)
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

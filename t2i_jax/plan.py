@@ -1,0 +1,77 @@
+"""What a run is going to do, before it does it."""
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from t2i_jax import build, sharding
+from t2i_jax.training import optimizer, state
+
+
+def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
+    """The plan of a training run, as text: model, sizes, mesh, batch, memory, data. Reads no data."""
+    boxed, boxed_frozen = build.abstract_params(config)
+    trained, frozen = build.sharded(boxed, mesh), build.sharded(boxed_frozen, mesh)
+    update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)
+    whole = jax.eval_shape(lambda p: state.create(p, update), trained)
+    shardings = state_shardings(whole, trained, mesh)
+    per_device = {
+        "parameters": _bytes(whole.params, shardings.params),
+        "EMA": _bytes(whole.ema, shardings.ema),
+        "optimiser": _bytes(whole.opt_state, shardings.opt_state),
+        "gradients": _bytes(whole.params, shardings.params),
+        "frozen": sum(_bytes(frozen[k], _shardings(frozen[k])) for k in frozen),
+    }
+    c, batch = config, config.train.batch_size
+    height, width, channels = build.latent_shape(config)
+    tokens = height * width // c.dit.patch_size**2
+    grid = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    kind = jax.devices()[0].device_kind
+    source = c.data.path or "built in"
+    lines = [
+        ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
+        ("model", f"deep fusion, joint attention; {c.dit.positions}, {c.dit.conditioning}"),
+        ("trained", f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"),
+        ("frozen", f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "
+         f"({c.weights.llm or 'pre-trained here'}), "
+         f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})"),
+        ("images", f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
+         f"{tokens} tokens, with up to {c.data.max_text_tokens} of text"),
+        ("data", f"{c.data.source}, {source}; captions dropped {c.data.caption_dropout:.0%}"),
+        ("mesh", f"{mesh.size} {kind}: {grid}"),
+        ("batch", f"{batch} = {sharding.batch_shards(mesh)} shards"
+         f" x {batch / sharding.batch_shards(mesh):g}, in {c.train.accumulation} microbatch(es)"),
+        ("steps", f"{c.train.steps:,} ({c.train.steps * batch:,} images); {c.optimizer.name}, "
+         f"EMA {c.ema.decay} every {c.ema.every}; computing in {c.train.dtype}"),
+        ("a device", ", ".join(f"{k} {_size(v)}" for k, v in per_device.items())
+         + f"; {_size(sum(per_device.values()))} before activations"),
+    ]
+    return "\n".join(f"{name:>9}  {text}" for name, text in lines)
+
+
+def state_shardings(whole: state.TrainState, trained, mesh: Mesh) -> state.TrainState:
+    """The shardings of a training state; `trained` are its abstract sharded parameters."""
+    params = _shardings(trained)
+    return state.TrainState(
+        step=sharding.replicated(mesh),
+        params=params,
+        ema=params,
+        opt_state=sharding.like(whole.opt_state, trained, params, mesh),
+    )
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _bytes(tree, shardings) -> int:
+    return sharding.bytes_per_device(tree, shardings)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.4g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+        count /= 1000
+    return str(np.nan)

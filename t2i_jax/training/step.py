@@ -1,0 +1,150 @@
+"""One step of training: read the text once, draw noise and times, fit the velocity, update.
+
+The text memory is made outside of what is differentiated: no backward pass through the LLM, no
+rematerialisation of it. Randomness is a function of (seed, step): one key a draw, drawn for the
+whole global batch, so that any number of devices or microbatches sees the same numbers.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t2i_jax.diffusion import flow, time
+from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.sharding import constrain
+from t2i_jax.training.state import TrainState, update_ema
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The training loss of a model. `autoencoder.encode(params, images, key)` gives latents."""
+
+    model: TextToImageModel
+    autoencoder: Any
+    num_timesteps: int
+    shift: float
+    time_mean: float
+    time_std: float
+
+    def prepare(self, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        """Everything that has no gradient: latents, noise, times and what the LLM read.
+
+        `batch` is {'image': uint8 (B, H, W, 3), 'ids': (B, T), 'mask': (B, T)}.
+        """
+        key_latent, key_noise, key_time = (jax.random.fold_in(key, i) for i in range(3))
+        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        z = self.autoencoder.encode(frozen.get("autoencoder", {}), images, key_latent)
+        t_B = time.sample_times(
+            key_time,
+            z.shape[0],
+            num_timesteps=self.num_timesteps,
+            shift=self.shift,
+            mean=self.time_mean,
+            std=self.time_std,
+        )
+        noise = jax.random.normal(key_noise, z.shape, jnp.float32)
+        return {
+            "latents": jax.lax.stop_gradient(z),
+            "noise": constrain(noise, "batch", *(None,) * (noise.ndim - 1)),
+            "t": constrain(t_B, "batch"),
+            "features": self.read_text(frozen, batch),
+        }
+
+    def read_text(self, frozen: Any, batch: Any) -> Any:
+        """TextFeatures of a batch, cut off from differentiation."""
+        features = self.model.apply(
+            {"params": {"llm": frozen["llm"]}}, batch["ids"], batch["mask"], method="read_text"
+        )
+        return jax.lax.stop_gradient(features)
+
+    def loss_B(self, params: Any, inputs: Any) -> jax.Array:
+        """Mean squared error of the velocity, row by row: (B,) float32."""
+        z, noise, t_B = inputs["latents"], inputs["noise"], inputs["t"]
+        apply = functools.partial(self.model.apply, {"params": params})
+        memory = apply(inputs["features"], method="remember")
+        prediction = apply(flow.interpolate(z, noise, t_B), t_B, memory, method="denoise")
+        return flow.mse_B(prediction, flow.velocity(z, noise))
+
+
+def split_batch(inputs: Any, parts: int) -> Any:
+    """(B, ...) leaves -> (parts, B / parts, ...), every part taking rows from every shard."""
+
+    def one(path, x):
+        axis = 1 if _stacked(path) else 0  # keys and values have their layers first
+        shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+
+    return jax.tree_util.tree_map_with_path(one, inputs)
+
+
+def _stacked(path) -> bool:
+    return getattr(path[-1], "name", "").startswith(("keys_L", "values_L"))
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    accumulation: int = 1,
+    ema_decay: float,
+    ema_every: int = 1,
+) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]:
+    """The pure function (state, frozen, batch, rng) -> (state, metrics); to be jitted once.
+
+    `rng` is the run's key, the same at every step. Metrics are float32 scalars: loss, grad_norm
+    (before clipping), param_norm, update_norm, learning_rate.
+    """
+
+    def gradient(params, inputs):
+        return jax.value_and_grad(lambda p: jnp.mean(objective.loss_B(p, inputs)))(params)
+
+    def accumulated(params, inputs):
+        if accumulation == 1:
+            return gradient(params, inputs)
+
+        def add(total, part):
+            return jax.tree.map(lambda a, b: a + b / accumulation, total, gradient(params, part)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        return jax.lax.scan(add, zero, split_batch(inputs, accumulation))[0]
+
+    def train_step(state: TrainState, frozen, batch, rng) -> tuple[TrainState, Metrics]:
+        inputs = objective.prepare(frozen, batch, jax.random.fold_in(rng, state.step))
+        loss, grads = accumulated(state.params, inputs)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        ema = update_ema(state.ema, params, step, decay=ema_decay, every=ema_every)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+        }
+        return TrainState(step, params, ema, opt_state), metrics
+
+    return train_step
+
+
+def make_validation(objective: Objective, timesteps: tuple[float, ...]) -> Callable:
+    """The pure function (params, frozen, batch, rng) -> loss (len(timesteps),) at fixed times."""
+
+    def validate(params, frozen, batch, rng):
+        inputs = objective.prepare(frozen, batch, rng)
+
+        def at(t):
+            t_B = jnp.full(inputs["t"].shape, t)
+            return jnp.mean(objective.loss_B(params, {**inputs, "t": t_B}))
+
+        return jax.lax.map(at, jnp.asarray(timesteps, jnp.float32))
+
+    return validate
