@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.llm.mlp_width = 16_384  # F
     config.llm.rope_theta = 10_000.0  # base of the rotary frequencies
     config.llm.norm_eps = 1e-6  # RMSNorm epsilon
+    config.llm.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # Pre-training of the language model, used when weights.llm is ''.
     config.pretrain = ConfigDict()
@@ -46,11 +47,13 @@ def get_config() -> ConfigDict:
     config.dit.num_layers = 18  # the last num_layers layers of the LLM are shared
     config.dit.mlp_width = 16_384  # F; the published models take the LLM's
     config.dit.patch_size = 2  # P, in latent pixels
-    config.dit.positions = "2d-rope"  # '2d-rope' | 'ape': how image tokens know their place
+    config.dit.positions = "2d-rope"  # '1d-rope' | '2d-rope' | 'm-rope' of image tokens
     config.dit.conditioning = "adaln-zero"  # 'adaln-zero' | 'none': how the timestep enters
+    config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP
     config.dit.remat = "none"  # 'none' | 'full' | 'dots': what the backward pass recomputes
+    config.dit.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # Pixels <-> latents.
     config.autoencoder = ConfigDict()
@@ -100,6 +103,7 @@ def get_config() -> ConfigDict:
     config.ema = ConfigDict()
     config.ema.decay = 0.99
     config.ema.every = 100  # steps between updates
+    config.ema.warmup = False  # decay less at first: for runs of few updates
 
     config.train = ConfigDict()
     config.train.steps = 500_000

@@ -22,9 +22,10 @@ def get_config() -> ConfigDict:
         num_kv_heads=1,
         head_width=32,
         mlp_width=256,
+        unroll=6,
     )
     config.pretrain.update(steps=300, batch_size=128, vocab_size=512)
-    config.dit.update(width=128, num_layers=6, mlp_width=384, patch_size=4)
+    config.dit.update(width=128, num_layers=6, mlp_width=384, patch_size=4, unroll=6)
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     config.flow.update(shift=1.0)
     config.data.update(
@@ -38,7 +39,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(
         name="muon", learning_rate=2e-3, schedule="linear", warmup_steps=50, decay_steps=0
     )
-    config.ema.update(decay=0.995, every=1)
+    config.ema.update(decay=0.99, every=1, warmup=True)
     config.train.update(
         steps=1000, batch_size=128, dtype="float32", frozen_dtype="float32", log_every=1
     )

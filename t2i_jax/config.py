@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
-from t2i_jax.models.dit import CONDITIONING
+from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
 from t2i_jax.models.layers import REMAT_POLICIES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": tuple(SOURCES),
     "dit.conditioning": tuple(CONDITIONING),
     "dit.positions": tuple(IMAGE_POSITIONS),
+    "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),

@@ -17,6 +17,8 @@ from t2i_jax.models.positions import image_angles, rotate
 from t2i_jax.sharding import constrain
 
 CONDITIONING = ("adaln-zero", "none")
+PREDICTIONS = ("velocity", "data")
+_SMALLEST_TIME = 0.05  # below it, (z - x) / t would magnify what is left of the error
 _TIME_FEATURES = 256  # width of the sinusoidal timestep embedding
 
 
@@ -36,7 +38,7 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t_B: jax.Array) -> jax.Array:
-        both = {"bias": True, "init": nn.initializers.normal(0.02), "dtype": self.dtype}
+        both = {"bias": True, "init": layers.fixed(nn.initializers.normal(0.02)), "dtype": self.dtype}
         x = timestep_features(t_B)
         shape, axes = (_TIME_FEATURES, self.width), (None, "embed")
         x = layers.Einsum("BE,ED->BD", shape, axes, name="hidden", **both)(x)
@@ -61,11 +63,25 @@ class Modulation(nn.Module):
             (width, self.count, width),
             ("embed", "modulation", "modulation"),
             bias=True,
-            init=layers.zeros,
+            init=layers.fixed(layers.zeros),
             dtype=self.dtype,
             name="linear",
         )(jax.nn.silu(time_BD))
         return jnp.split(out.astype(jnp.float32), self.count, axis=1)
+
+
+def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
+    """(B, H, W, C) -> (B, I, P, P, C), the tokens row by row."""
+    batch, height, width, channels = x_BHWC.shape
+    x = x_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, patch, patch, channels)
+
+
+def unpatchify(x_BIPPC: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B, I, P, P, C) -> (B, H, W, C) of grid = (rows, columns) of tokens."""
+    batch, _, patch, _, channels = x_BIPPC.shape
+    x = x_BIPPC.reshape(batch, *grid, patch, patch, channels).swapaxes(2, 3)
+    return x.reshape(batch, grid[0] * patch, grid[1] * patch, channels)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -138,7 +154,12 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """(B, H, W, C) latents at times t, a memory of `num_layers` layers -> velocity (B, H, W, C)."""
+    """(B, H, W, C) latents at times t, a memory of `num_layers` layers -> velocity (B, H, W, C).
+
+    With prediction 'data' the network's output is an estimate x of the data, and the velocity is
+    (z - x) / t: images lie near a surface of few dimensions, noise does not, and so a narrow
+    network need not carry the noise to its output (Li and He, arXiv 2511.13720).
+    """
 
     width: int
     num_layers: int
@@ -150,19 +171,23 @@ class DiT(nn.Module):
     patch_size: int = 2
     positions: str = "2d-rope"
     conditioning: str = "adaln-zero"
+    prediction: str = "velocity"
     qk_norm: bool = True
     sandwich_norm: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     remat: str = "none"
+    unroll: int = 1
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"Unknown conditioning {self.conditioning!r}; known: {CONDITIONING}.")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"Unknown prediction {self.prediction!r}; known: {PREDICTIONS}.")
         patch, size, axis = self.patch_size, self.channels, "patch"
         self.patch_embed = layers.Einsum(
-            "BhpwqC,pqCD->BhwD",
+            "BIpqC,pqCD->BID",
             (patch, patch, size, self.width),
             (axis, axis, axis, "embed"),
             bias=True,
@@ -173,7 +198,7 @@ class DiT(nn.Module):
             self.final_modulation = Modulation(2, self.dtype)
         block = layers.remat(DiTBlock, self.remat)
         shared = (nn.broadcast,) * 3
-        self.blocks = layers.scan_layers(block, self.num_layers, (0, *shared))(
+        self.blocks = layers.scan_layers(block, self.num_layers, (0, *shared), self.unroll)(
             self.num_heads,
             self.num_kv_heads,
             self.head_width,
@@ -186,11 +211,11 @@ class DiT(nn.Module):
         )
         self.final_norm = layers.RMSNorm(self.norm_eps)
         self.out = layers.Einsum(
-            "BhwD,DpqC->BhwpqC",
+            "BID,DpqC->BIpqC",
             (self.width, patch, patch, size),
             ("embed", axis, axis, axis),
             bias=True,
-            init=layers.zeros,
+            init=layers.fixed(layers.zeros),
             dtype=self.dtype,
         )
 
@@ -206,8 +231,7 @@ class DiT(nn.Module):
                 f"size {patch}, channels must be {self.channels}."
             )
         grid = (height // patch, width // patch)
-        patches = z_BHWC.reshape(batch, grid[0], patch, grid[1], patch, channels)
-        x_BID = self.patch_embed(patches).reshape(batch, grid[0] * grid[1], self.width)
+        x_BID = self.patch_embed(patchify(z_BHWC, patch))
         x_BID = constrain(x_BID, "batch", "image", None)
 
         modulated = self.conditioning == "adaln-zero"
@@ -222,5 +246,8 @@ class DiT(nn.Module):
         if modulated:
             scale, shift = self.final_modulation(time_BD)
             x_BID = modulate(x_BID, shift, scale)
-        velocity = self.out(x_BID.reshape(batch, *grid, self.width)).swapaxes(2, 3)
-        return velocity.reshape(z_BHWC.shape).astype(jnp.float32)
+        output = unpatchify(self.out(x_BID), grid).astype(jnp.float32)
+        if self.prediction == "velocity":
+            return output
+        t = jnp.maximum(t_B, _SMALLEST_TIME)[:, None, None, None]
+        return (z_BHWC.astype(jnp.float32) - output) / t

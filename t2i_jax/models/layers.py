@@ -5,6 +5,8 @@ heads, H head width, F feed-forward width.
 """
 
 from collections.abc import Callable
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,43 +15,64 @@ import jax.numpy as jnp
 
 from t2i_jax.sharding import with_axes
 
-Initializer = Callable[..., jax.Array]
 Dtype = Any
+Init = Callable[..., Callable[..., jax.Array]]  # (in_axis=, out_axis=) of a weight -> initialiser
 
 zeros = nn.initializers.zeros
+xavier: Init = functools.partial(nn.initializers.variance_scaling, 1.0, "fan_avg", "uniform")
+unit_variance: Init = functools.partial(nn.initializers.variance_scaling, 1.0, "fan_in", "normal")
+
+
+def fixed(initializer: Callable[..., jax.Array]) -> Init:
+    """An initialiser that does not look at which axes are inputs."""
+    return lambda in_axis, out_axis: initializer
 
 
 class Einsum(nn.Module):
     """x, weight -> einsum(equation), the weight's axes named after what they are.
 
-    The default initialiser is Xavier uniform, its fans read off the equation: the weight's letters
-    that the output lacks are inputs, the others outputs. A bias, if any, has the output letters.
+    The equation is a linear map: it contracts the last axes of x with the first of the weight, in
+    that order ('BSNH,NHD->BSD'). It runs as one product of two matrices, because the gradient of a
+    product with several contracted axes is one that XLA first transposes in memory.
+
+    `init` is told the fans, which are read off the equation: the weight's letters that the output
+    lacks are inputs, the others outputs. A bias, if any, has the output letters.
     """
 
     equation: str  # e.g. 'BSD,DNH->BSNH'
     shape: tuple[int, ...]  # of the weight
-    axes: tuple[str, ...]  # logical names of the weight's axes
+    axes: tuple[str | None, ...]  # logical names of the weight's axes
     bias: bool = False
-    init: Initializer | None = None
+    init: Init = xavier
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        operands, output = self.equation.split("->")
-        letters = operands.split(",")[1]
-        out_axis = tuple(i for i, letter in enumerate(letters) if letter in output)
-        in_axis = tuple(i for i in range(len(letters)) if i not in out_axis)
-        init = self.init or nn.initializers.variance_scaling(
-            1.0, "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis
-        )
+        contracted = self._contracted()
+        in_axis = tuple(range(contracted))
+        out_axis = tuple(range(contracted, len(self.shape)))
+        init = self.init(in_axis=in_axis, out_axis=out_axis)
         weight = self.param("weight", with_axes(init, self.axes), self.shape)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+        inputs, outputs = self.shape[:contracted], self.shape[contracted:]
+        matrix = weight.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
+        rows = x.shape[: x.ndim - contracted]
+        y = x.astype(self.dtype).reshape(math.prod(rows), math.prod(inputs)) @ matrix
+        y = y.reshape(*rows, *outputs)
         if self.bias:
-            shape, axes = zip(*((self.shape[i], self.axes[i]) for i in out_axis), strict=True)
-            axes = tuple("norm" if axis == "embed" else axis for axis in axes)
-            bias = self.param("bias", with_axes(zeros, axes), shape)
+            axes = tuple("norm" if axis == "embed" else axis for axis in self.axes[contracted:])
+            bias = self.param("bias", with_axes(zeros, axes), outputs)
             y = y + bias.astype(self.dtype)
         return y
+
+    def _contracted(self) -> int:
+        """How many axes are summed over. Raises ValueError where it is not a linear map."""
+        operands, output = self.equation.split("->")
+        x, weight = operands.split(",")
+        contracted = sum(letter not in output for letter in weight)
+        rows = x[: len(x) - contracted]
+        if x != rows + weight[:contracted] or output != rows + weight[contracted:]:
+            raise ValueError(f"{self.equation!r} does not map the last axes of x linearly.")
+        return contracted
 
 
 class Embed(nn.Module):
@@ -60,7 +83,7 @@ class Embed(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        init = with_axes(nn.initializers.normal(0.02), ("vocab", "embed"))
+        init = with_axes(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.weight = self.param("weight", init, (self.vocab_size, self.width))
 
     def encode(self, ids_BT: jax.Array) -> jax.Array:
@@ -91,7 +114,7 @@ class GatedMLP(nn.Module):
 
     width: int  # D
     mlp_width: int  # F
-    init: Initializer | None = None
+    init: Init = xavier
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -119,7 +142,7 @@ class QKV(nn.Module):
     num_heads: int  # N
     num_kv_heads: int  # K
     head_width: int  # H
-    init: Initializer | None = None
+    init: Init = xavier
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -135,7 +158,7 @@ class QKV(nn.Module):
         return q_BSNH, k_BSKH, v_BSKH
 
 
-def output_projection(x_BSNH: jax.Array, width: int, init=None, dtype=jnp.float32, name="out"):
+def output_projection(x_BSNH: jax.Array, width: int, init=xavier, dtype=jnp.float32, name="out"):
     """(B, S, N, H) -> (B, S, D); to be called inside a compact module."""
     shape = (*x_BSNH.shape[-2:], width)
     axes = ("heads", "head", "embed")
@@ -162,11 +185,14 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def scan_layers(block: type[nn.Module], num_layers: int, in_axes) -> type[nn.Module]:
+def scan_layers(
+    block: type[nn.Module], num_layers: int, in_axes, unroll: int = 1
+) -> type[nn.Module]:
     """The block repeated over `num_layers` stacked layers: (carry, *inputs) -> (carry, outputs).
 
     `in_axes` says for every input whether it has a leading layer axis (0) or is shared
-    (`nn.broadcast`). Outputs are stacked; parameters get a leading 'layers' axis.
+    (`nn.broadcast`). Outputs are stacked; parameters get a leading 'layers' axis. `unroll` layers
+    are compiled one after the other into each turn of the loop: no change of the mathematics.
     """
     return nn.scan(
         block,
@@ -174,6 +200,7 @@ def scan_layers(block: type[nn.Module], num_layers: int, in_axes) -> type[nn.Mod
         split_rngs={"params": True},
         in_axes=in_axes,
         out_axes=0,
-        length=num_layers, unroll=int(__import__("os").environ.get("UNROLL","1")),
+        length=num_layers,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

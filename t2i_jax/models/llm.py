@@ -15,7 +15,8 @@ from t2i_jax.models.memory import TextFeatures
 from t2i_jax.models.positions import rotate, text_angles
 from t2i_jax.sharding import constrain
 
-_INIT = nn.initializers.normal(0.02)
+# Keys and values of about unit variance at any width; at Gemma 2B's this is its 0.02.
+_INIT = layers.unit_variance
 
 
 class LLMBlock(nn.Module):
@@ -56,11 +57,12 @@ class LLM(nn.Module):
     mlp_width: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    unroll: int = 1
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
         self.embed = layers.Embed(self.vocab_size, self.width, self.dtype)
-        block = layers.scan_layers(LLMBlock, self.num_layers, (nn.broadcast, nn.broadcast))
+        block = layers.scan_layers(LLMBlock, self.num_layers, (nn.broadcast,) * 2, self.unroll)
         self.blocks = block(
             self.num_heads,
             self.num_kv_heads,

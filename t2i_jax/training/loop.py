@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from t2i_jax import build, checkpoint, frozen, plan, sharding
+from t2i_jax.config import UserError
 from t2i_jax.data import loader, sources
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.evaluation import pictures
@@ -21,11 +22,11 @@ from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
 _TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 
 
-class SetupError(Exception):
+class SetupError(UserError):
     """Something that a run needs is not there; the message says what, where, and what to do."""
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(UserError):
     """The loss or the gradient is no longer a number."""
 
 
@@ -146,8 +147,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         update,
         rate,
         accumulation=config.train.accumulation,
-        ema_decay=config.ema.decay,
-        ema_every=config.ema.every,
+        ema=config.ema,
     )
     train_loader = loader.Loader(
         train_source,

@@ -45,10 +45,18 @@ def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     )
 
 
-def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float, every: int) -> Any:
-    """decay * ema + (1 - decay) * params where `every` divides step, else ema; float32."""
+def update_ema(
+    ema: Any, params: Any, step: jax.Array, *, decay: float, every: int, warmup: bool
+) -> Any:
+    """decay * ema + (1 - decay) * params where `every` divides step, else ema; float32.
+
+    With `warmup` the n-th update decays by min(decay, (1 + n) / (10 + n)) only, so that a short run
+    forgets its initial weights.
+    """
 
     def average():
-        return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+        n = (step // every).astype(jnp.float32)
+        d = jnp.minimum(decay, (1.0 + n) / (10.0 + n)) if warmup else decay
+        return jax.tree.map(lambda e, p: d * e + (1.0 - d) * p, ema, params)
 
     return average() if every == 1 else jax.lax.cond(step % every == 0, average, lambda: ema)

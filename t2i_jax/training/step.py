@@ -5,7 +5,7 @@ rematerialisation of it. Randomness is a function of (seed, step): one key a dra
 whole global batch, so that any number of devices or microbatches sees the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -94,12 +94,11 @@ def make_train_step(
     learning_rate: optax.Schedule,
     *,
     accumulation: int = 1,
-    ema_decay: float,
-    ema_every: int = 1,
+    ema: Mapping[str, Any],
 ) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch, rng) -> (state, metrics); to be jitted once.
 
-    `rng` is the run's key, the same at every step. Metrics are float32 scalars: loss, grad_norm
+    `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are float32 scalars: loss, grad_norm
     (before clipping), param_norm, update_norm, learning_rate.
     """
 
@@ -122,7 +121,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        ema = update_ema(state.ema, params, step, decay=ema_decay, every=ema_every)
+        averaged = update_ema(state.ema, params, step, **ema)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(grads),
@@ -130,7 +129,7 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
-        return TrainState(step, params, ema, opt_state), metrics
+        return TrainState(step, params, averaged, opt_state), metrics
 
     return train_step
 

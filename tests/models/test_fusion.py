@@ -1,0 +1,146 @@
+"""The whole model: the memory is a constant of the prompt, and who influences whom."""
+
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from t2i_jax import build
+from t2i_jax.models import fusion
+from t2i_jax.models.llm import LLM
+from tests import tiny
+
+NET = tiny.model()
+Z, T_B, IDS, MASK = tiny.inputs()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(NET)
+
+
+def whole(params, z=Z, t=T_B, ids=IDS, mask=MASK, net=NET):
+    return jax.jit(net.apply)({"params": params}, z, t, ids, mask)
+
+
+def remember(params, ids=IDS, mask=MASK, net=NET):
+    only = {"params": {"llm": params["llm"]}}
+    return jax.jit(lambda: net.apply(only, ids, mask, method="encode_text"))()
+
+
+def denoise(params, memory, z=Z, t=T_B, net=NET):
+    only = {"params": {"dit": params["dit"]}}
+    return net.apply(only, z, t, memory, method="denoise")
+
+
+def test_a_memory_made_once_serves_every_step(params):
+    memory = remember(params)
+    step = jax.jit(lambda z, t: denoise(params, memory, z, t))
+    tiny.close(step(Z, T_B), whole(params), 1e-6)
+    tiny.close(step(2 * Z, T_B / 3), whole(params, 2 * Z, T_B / 3), 1e-6)
+
+
+def test_the_image_has_no_influence_on_the_text(params):
+    """The derivative of all that the LLM and the memory are, along any change of the latents."""
+
+    def text(z):
+        _, kept = NET.apply(
+            {"params": params}, z, T_B, IDS, MASK,
+            capture_intermediates=lambda module, method: isinstance(module, LLM) or method == "remember",
+        )  # fmt: skip
+        kept = kept["intermediates"]
+        assert {"llm", "remember"} <= kept.keys()
+        return [x for x in jax.tree.leaves(kept) if x.dtype == jnp.float32]
+
+    values, tangents = jax.jvp(text, (Z,), (np.ones_like(Z),))
+    assert len(values) == 5  # keys, values, hidden state; keys, values
+    assert all(np.asarray(x).any() for x in values)
+    assert not any(np.asarray(x).any() for x in tangents)
+
+
+def test_padding_has_no_influence_and_every_word_has(params):
+    """No token is used twice, so a row of the embedding is a place in a prompt."""
+
+    @jax.jit
+    @jax.grad
+    def reached(table):
+        llm = {**params["llm"], "embed": {"weight": table}}
+        return jnp.square(NET.apply({"params": {**params, "llm": llm}}, Z, T_B, IDS, MASK)).sum()
+
+    influence = np.abs(np.asarray(reached(params["llm"]["embed"]["weight"]))).sum(-1)
+    np.testing.assert_array_equal(influence[IDS] > 0, MASK)
+    unused = np.setdiff1d(np.arange(len(influence)), IDS)
+    assert not influence[unused].any()
+
+
+def test_image_tokens_see_all_tokens_and_rows_only_themselves(params):
+    memory = remember(params)
+    jacobian = jax.jit(
+        jax.jacrev(lambda z: jnp.abs(denoise(params, memory, z)).sum((2, 3, 4)))
+        if Z.ndim == 5
+        else jax.jacrev(lambda z: jnp.abs(denoise(params, memory, z)).sum(-1))
+    )(Z)
+    influence = np.abs(np.asarray(jacobian)).sum(-1) > 0  # (B, H, W, B, H, W)
+    for i, j in np.ndindex(3, 3):
+        assert influence[i, :, :, j].all() if i == j else not influence[i, :, :, j].any()
+
+
+def test_rows_in_another_order_give_the_same_in_that_order(params):
+    order = np.array([2, 0, 1])
+    turned = whole(params, Z[order], T_B[order], IDS[order], MASK[order])
+    tiny.close(turned, np.asarray(whole(params))[order], 1e-6)
+
+
+def test_bfloat16_is_near_float32(params):
+    """Three decimal digits a number; through two blocks and their LLM, a few per cent in norm."""
+    low = tiny.model(jnp.bfloat16)
+    velocity, exact = np.asarray(whole(params, net=low)), np.asarray(whole(params))
+    assert velocity.dtype == np.float32
+    error = np.linalg.norm(velocity - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.03, error
+    memory = remember(params, net=low)
+    assert memory.keys_LBTKH.dtype == memory.values_LBTKH.dtype == jnp.bfloat16
+    masters = fusion.init(low, jax.random.key(0), tiny.LATENTS)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(masters))
+
+
+def test_the_llm_starts_as_usual_and_every_parameter_has_axes(params):
+    boxed = fusion.init(NET, jax.random.key(3), tiny.LATENTS)
+    llm = flatten_dict(meta.unbox(boxed["llm"]), sep="/")
+    assert flatten_dict(meta.unbox(boxed), sep="/").keys() == flatten_dict(params, sep="/").keys()
+    table = np.asarray(llm["embed/weight"])
+    assert table.std() == pytest.approx(0.02, rel=0.05)
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)):
+        assert len(leaf.names) == leaf.value.ndim
+
+
+@pytest.mark.parametrize(
+    "changes, dit, llm",
+    [
+        ({}, 2_448_479_296, 2_506_172_416),
+        ({"dit.conditioning": "none"}, 1_982_157_888, 2_506_172_416),
+        ({"dit.num_layers": 10, "llm.num_layers": 10}, 1_366_213_696, 1_800_000_000),
+        ({"dit.width": 1280}, 1_421_185_600, 2_506_172_416),
+    ],
+    ids=["2d-rope", "no-temb", "layers-10", "hidden-1280"],
+)
+def test_sizes_are_the_published_ones(changes, dit, llm):
+    config = base.get_config().unlock()
+    config.update_from_flattened_dict(changes)
+    trained, frozen = build.abstract_params(config)
+    assert trained.keys() == {"dit"}
+    assert (build.count(meta.unbox(trained)), build.count(frozen["llm"])) == (dit, llm)
+
+
+def test_wrong_fields_are_refused():
+    with pytest.raises(TypeError, match="widht"):
+        tiny.model(widht=3)
+    with pytest.raises(TypeError, match="num_head"):
+        tiny.model(llm={"num_head": 3})
+    with pytest.raises(ValueError, match=r"4 layers.*3 layers"):
+        tiny.params(tiny.model(num_layers=4))
+    with pytest.raises(AssertionError):
+        NET.apply({"params": {}}, IDS, MASK[:, 1:], method="encode_text")

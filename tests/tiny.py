@@ -1,0 +1,104 @@
+"""The smallest model and config that have every part. No two sizes are equal without a reason."""
+
+from typing import Any
+
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from configs import base
+from t2i_jax.models import fusion
+from t2i_jax.models.fusion import TextToImageModel
+
+LLM = {
+    "vocab_size": 300,
+    "width": 16,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_width": 8,
+    "mlp_width": 40,
+    "rope_theta": 100.0,
+    "norm_eps": 1e-6,
+}
+DIT = {"width": 24, "num_layers": 2, "mlp_width": 32, "patch_size": 2}
+LATENTS = (4, 6, 3)  # height, width, channels: 2 x 3 tokens
+LENGTHS = (5, 3, 1)  # real tokens of the prompts
+TEXT = 5  # T
+
+
+def model(dtype=jnp.float32, *, llm: dict[str, Any] | None = None, **dit) -> TextToImageModel:
+    """The model; other fields of the LLM as `llm`, of the DiT by name."""
+    return fusion.build(LLM | (llm or {}), DIT | dit, channels=LATENTS[-1], dtype=dtype)
+
+
+def params(net: TextToImageModel, seed: int = 0) -> Any:
+    """Random parameters, none of them zero, float32."""
+    boxed = jax.eval_shape(lambda key: fusion.init(net, key, LATENTS), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.25 * rng.standard_normal(x.shape), jnp.float32),
+        meta.unbox(boxed),
+    )
+
+
+def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
+    """(z, t, ids, mask) of three rows; no token is used twice."""
+    rng = np.random.default_rng((seed, 1))
+    rows = len(LENGTHS)
+    z = rng.standard_normal((rows, *LATENTS)).astype(np.float32)
+    t = np.linspace(0.2, 0.9, rows, dtype=np.float32)
+    ids = rng.permutation(LLM["vocab_size"])[: rows * TEXT].reshape(rows, TEXT).astype(np.int32)
+    mask = np.arange(TEXT) < np.array(LENGTHS)[:, None]
+    return z, t, ids, mask
+
+
+def config(**changes: Any) -> ConfigDict:
+    """A run of seconds on the built-in scenes; `changes` by key, '.' written '__'."""
+    c = base.get_config().unlock()
+    c.name = "tiny"
+    c.weights.update(llm="", tokenizer="", autoencoder="")
+    c.llm.update(LLM)
+    c.pretrain.update(steps=3, batch_size=8, vocab_size=300)
+    c.dit.update(DIT | {"patch_size": 4})
+    c.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
+    c.data.update(
+        source="scenes", path="", image_size=16, max_text_tokens=12, validation_size=16
+    )
+    c.data.update(num_threads=1, prefetch=2)
+    c.optimizer.update(name="muon", learning_rate=2e-3, warmup_steps=2)
+    c.ema.update(decay=0.9, every=2)
+    c.train.update(steps=4, batch_size=16, dtype="float32", frozen_dtype="float32", log_every=1)
+    c.checkpoint.update(every=2, keep=2)
+    c.validation.update(every=0)
+    c.sampling.update(steps=3, guidance=3.0, batch_size=8, every=0)
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return c.lock()
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Asserts that two trees agree leaf by leaf, within `tolerance` of each leaf's largest value."""
+
+    def one(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0), 1e-30), err_msg=name
+        )
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree_util.tree_map_with_path(one, actual, expected)
+
+
+def equal(actual: Any, expected: Any) -> None:
+    """Asserts that two trees agree bit by bit, dtypes included."""
+
+    def one(path, a, b):
+        a, b, name = np.asarray(a), np.asarray(b), jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree_util.tree_map_with_path(one, actual, expected)
