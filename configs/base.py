@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
     config.pretrain.steps = 0  # optimiser steps of next-token prediction on the captions
     config.pretrain.batch_size = 256  # captions a step
     config.pretrain.learning_rate = 3e-3  # peak; linear warm-up, cosine to zero
-    config.pretrain.vocab_size = 0  # of the tokenizer trained on the captions (weights.tokenizer '')
+    config.pretrain.vocab_size = (
+        0  # of the tokenizer trained on the captions (weights.tokenizer '')
+    )
 
     # The trained diffusion transformer. Heads, rope_theta and norm_eps are the LLM's.
     config.dit = ConfigDict()

@@ -1,7 +1,8 @@
 """The built-in world on a laptop: `python launch/train.py --config=configs/scenes.py`.
 
 24 x 24 pixels in pixel space, procedural scenes with captions in GenEval's six categories; the
-tokenizer and a small LLM are trained on the captions first. `make demo` runs it.
+tokenizer and a small LLM are trained on the captions first. `make demo` runs it, samples from it
+and scores it.
 """
 
 from ml_collections import ConfigDict
@@ -18,43 +19,55 @@ def get_config() -> ConfigDict:
         vocab_size=512,
         width=128,
         num_layers=6,
-        num_heads=4,
+        num_heads=2,
         num_kv_heads=1,
-        head_width=32,
+        head_width=64,
         mlp_width=256,
         unroll=6,
     )
-    config.pretrain.update(steps=300, batch_size=128, vocab_size=512)
-    config.dit.update(width=128, num_layers=6, mlp_width=384, patch_size=4, unroll=6)
+    config.pretrain.update(steps=200, batch_size=64, vocab_size=512)
+    config.dit.update(
+        width=128,
+        num_layers=6,
+        mlp_width=384,
+        patch_size=4,
+        conditioning="none",
+        prediction="data",
+        unroll=6,
+    )
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
-    config.flow.update(shift=1.0)
+    config.flow.update(shift=2.0)
     config.data.update(
         source="scenes",
         path="",
         image_size=24,
-        max_text_tokens=24,
+        max_text_tokens=20,
         validation_size=256,
         num_threads=1,
     )
     config.optimizer.update(
-        name="muon", learning_rate=2e-3, schedule="linear", warmup_steps=50, decay_steps=0
+        name="muon", learning_rate=3e-3, schedule="linear", warmup_steps=20, decay_steps=0
     )
     config.ema.update(decay=0.99, every=1, warmup=True)
     config.train.update(
-        steps=1000, batch_size=128, dtype="float32", frozen_dtype="float32", log_every=1
+        steps=1500, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
     )
-    config.checkpoint.update(every=250, keep=2)
-    config.validation.update(every=250)
+    config.checkpoint.update(every=500, keep=2)
+    config.validation.update(every=500)
     config.sampling.update(
         steps=25,
-        guidance=3.0,
-        batch_size=128,
-        every=250,
-        prompts=(
-            "a white circle above a red square",
-            "three green triangles",
-            "a blue cross and a yellow ring",
-            "a purple square to the left of a white ring",
+        guidance=4.0,
+        batch_size=100,
+        every=500,
+        prompts=(  # combinations that training never shows, one or two of each category
+            "a picture of a small ring on a grey background",
+            "a circle and a cross",
+            "a picture of three blue circles",
+            "a group of four yellow crosses",
+            "a picture of a small purple square",
+            "a red square on the right of a yellow cross",
+            "a red circle on top of a square that is green",
+            "a red cross next to a ring in blue",
         ),
     )
     return config.lock()

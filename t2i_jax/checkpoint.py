@@ -123,7 +123,9 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.exists():
         return path.parent.parent, int(path.name)
     directory = path / "checkpoints"
-    steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    steps = (
+        [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    )
     if steps:
         return path, max(steps)
     nearby = directory if directory.exists() else path if path.exists() else path.parent

@@ -15,7 +15,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     trained, frozen = build.sharded(boxed, mesh), build.sharded(boxed_frozen, mesh)
     update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)
     whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-    shardings = state_shardings(whole, trained, mesh)
+    shardings = state.shardings(whole, trained, mesh)
     per_device = {
         "parameters": _bytes(whole.params, shardings.params),
         "EMA": _bytes(whole.ema, shardings.ema),
@@ -33,32 +33,36 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
         ("model", f"deep fusion, joint attention; {c.dit.positions}, {c.dit.conditioning}"),
         ("trained", f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"),
-        ("frozen", f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "
-         f"({c.weights.llm or 'pre-trained here'}), "
-         f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})"),
-        ("images", f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
-         f"{tokens} tokens, with up to {c.data.max_text_tokens} of text"),
+        (
+            "frozen",
+            f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "
+            f"({c.weights.llm or 'pre-trained here'}), "
+            f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})",
+        ),
+        (
+            "images",
+            f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
+            f"{tokens} tokens, with up to {c.data.max_text_tokens} of text",
+        ),
         ("data", f"{c.data.source}, {source}; captions dropped {c.data.caption_dropout:.0%}"),
         ("mesh", f"{mesh.size} {kind}: {grid}"),
-        ("batch", f"{batch} = {sharding.batch_shards(mesh)} shards"
-         f" x {batch / sharding.batch_shards(mesh):g}, in {c.train.accumulation} microbatch(es)"),
-        ("steps", f"{c.train.steps:,} ({c.train.steps * batch:,} images); {c.optimizer.name}, "
-         f"EMA {c.ema.decay} every {c.ema.every}; computing in {c.train.dtype}"),
-        ("a device", ", ".join(f"{k} {_size(v)}" for k, v in per_device.items())
-         + f"; {_size(sum(per_device.values()))} before activations"),
+        (
+            "batch",
+            f"{batch} = {sharding.batch_shards(mesh)} shards"
+            f" x {batch / sharding.batch_shards(mesh):g}, in {c.train.accumulation} microbatch(es)",
+        ),
+        (
+            "steps",
+            f"{c.train.steps:,} ({c.train.steps * batch:,} images); {c.optimizer.name}, "
+            f"EMA {c.ema.decay} every {c.ema.every}; computing in {c.train.dtype}",
+        ),
+        (
+            "a device",
+            ", ".join(f"{k} {_size(v)}" for k, v in per_device.items())
+            + f"; {_size(sum(per_device.values()))} before activations",
+        ),
     ]
     return "\n".join(f"{name:>9}  {text}" for name, text in lines)
-
-
-def state_shardings(whole: state.TrainState, trained, mesh: Mesh) -> state.TrainState:
-    """The shardings of a training state; `trained` are its abstract sharded parameters."""
-    params = _shardings(trained)
-    return state.TrainState(
-        step=sharding.replicated(mesh),
-        params=params,
-        ema=params,
-        opt_state=sharding.like(whole.opt_state, trained, params, mesh),
-    )
 
 
 def _shardings(tree):

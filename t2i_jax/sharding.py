@@ -48,7 +48,9 @@ class Named(nn.Partitioned):
         return self.value
 
 
-def with_axes(init: Callable[..., jax.Array], names: tuple[str | None, ...]) -> Callable[..., Named]:
+def with_axes(
+    init: Callable[..., jax.Array], names: tuple[str | None, ...]
+) -> Callable[..., Named]:
     """An initialiser whose result carries the logical names of its axes."""
     return lambda *args: Named(init(*args), names)
 
@@ -114,9 +116,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
             raise ValueError(f"Parameter {jax.tree_util.keystr(path)} has no logical axes.")
         return NamedSharding(mesh, _divisible(to_spec(leaf.names), leaf.value.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(
-        one, boxed, is_leaf=lambda x: isinstance(x, Named)
-    )
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, Named))
 
 
 def like(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:

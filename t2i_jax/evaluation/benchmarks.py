@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from t2i_jax.config import ConfigError
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.metrics import Progress
 
@@ -21,11 +22,11 @@ Report = dict[str, Any]
 
 
 def run(name: str, pipeline: Pipeline, num_images: int, seed: int) -> Report:
-    """The report of a benchmark: {'benchmark', 'score', ...}. Raises ValueError for another name."""
+    """The report of a benchmark: {'benchmark', 'score', ...}. Raises ConfigError for another name."""
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}.{hint}")
+        raise ConfigError(f"Unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}.{hint}")
     report = BENCHMARKS[name](pipeline, num_images, seed)
     sampling = pipeline.config.sampling
     return {

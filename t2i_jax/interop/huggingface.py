@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 
-from t2i_jax.interop import Rule, load, open_tensors
+from t2i_jax.interop.safetensors import Rule, load, open_tensors
 from t2i_jax.models.autoencoder import PIXEL_CHANNELS, AutoencoderKL
 from t2i_jax.models.llm import LLM
 

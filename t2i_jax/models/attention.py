@@ -26,9 +26,7 @@ def attend(
     batch, queries, heads, width = q_BINH.shape
     kv_heads = k_BSKH.shape[2]
     q_BIKGH = q_BINH.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum(
-        "BIKGH,BSKH->BKGIS", q_BIKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BIKGH,BSKH->BKGIS", q_BIKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores = scores * scale
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 2 else mask

@@ -38,7 +38,11 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t_B: jax.Array) -> jax.Array:
-        both = {"bias": True, "init": layers.fixed(nn.initializers.normal(0.02)), "dtype": self.dtype}
+        both = {
+            "bias": True,
+            "init": layers.fixed(nn.initializers.normal(0.02)),
+            "dtype": self.dtype,
+        }
         x = timestep_features(t_B)
         shape, axes = (_TIME_FEATURES, self.width), (None, "embed")
         x = layers.Einsum("BE,ED->BD", shape, axes, name="hidden", **both)(x)

@@ -133,7 +133,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     trained = build.sharded(boxed, mesh)
     update, rate = optimizer.make(config.optimizer, config.train.steps, boxed)
     whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-    shardings = plan.state_shardings(whole, trained, mesh)
+    shardings = state.shardings(whole, trained, mesh)
     if saved.steps():
         like = checkpoint.abstract(whole, shardings)
         current = saved.restore(saved.steps()[-1], like)

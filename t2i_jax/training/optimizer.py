@@ -54,7 +54,9 @@ def matrix_dimensions(boxed: Any) -> Any:
     def one(leaf: Named):
         names = leaf.names
         facing = tuple(
-            i for i, name in enumerate(names) if name in _SIDES or (name == "head" and _SIDES & {*names})
+            i
+            for i, name in enumerate(names)
+            if name in _SIDES or (name == "head" and _SIDES & {*names})
         )
         if "embed" not in names or not facing:
             return None

@@ -23,7 +23,12 @@ def next_token_loss(logits_BTV: jax.Array, ids_BT: jax.Array, mask_BT: jax.Array
 
 
 def pretrain(
-    model: TextToImageModel, params: Any, batches: Iterator[Any], *, steps: int, learning_rate: float
+    model: TextToImageModel,
+    params: Any,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    learning_rate: float,
 ) -> Iterator[tuple[Any, jax.Array]]:
     """Yields (parameters of the LLM, loss) after each of `steps` AdamW steps.
 

@@ -6,7 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
+
+from t2i_jax import sharding
 
 
 class Stream(enum.IntEnum):
@@ -60,3 +63,17 @@ def update_ema(
         return jax.tree.map(lambda e, p: d * e + (1.0 - d) * p, ema, params)
 
     return average() if every == 1 else jax.lax.cond(step % every == 0, average, lambda: ema)
+
+
+def shardings(whole: TrainState, trained: Any, mesh: Mesh) -> TrainState:
+    """Where the arrays of an (abstract) state live; `trained` are its sharded abstract parameters.
+
+    Parameters and EMA as these; what of the optimiser's state is like a parameter, as that one.
+    """
+    params = jax.tree.map(lambda x: x.sharding, trained)
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=params,
+        ema=params,
+        opt_state=sharding.like(whole.opt_state, trained, params, mesh),
+    )

@@ -110,7 +110,9 @@ def make_train_step(
             return gradient(params, inputs)
 
         def add(total, part):
-            return jax.tree.map(lambda a, b: a + b / accumulation, total, gradient(params, part)), None
+            return jax.tree.map(
+                lambda a, b: a + b / accumulation, total, gradient(params, part)
+            ), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
         return jax.lax.scan(add, zero, split_batch(inputs, accumulation))[0]

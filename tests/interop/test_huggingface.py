@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from t2i_jax import interop, sharding
-from t2i_jax.interop import huggingface
+from t2i_jax import sharding
+from t2i_jax.interop import huggingface, safetensors
 from t2i_jax.models.autoencoder import AutoencoderKL
 from t2i_jax.models.llm import LLM
 
@@ -210,8 +210,8 @@ def test_gemma_goes_to_its_shardings(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(fsdp=-1)
     shardings = sharding.param_shardings(boxed, mesh)
     reads = []
-    read = interop.Tensor.read
-    monkeypatch.setattr(interop.Tensor, "read", lambda t: reads.append(t.start) or read(t))
+    read = safetensors.Tensor.read
+    monkeypatch.setattr(safetensors.Tensor, "read", lambda t: reads.append(t.start) or read(t))
     params = huggingface.load_gemma(tmp_path, LLM_CONFIG, shardings, "float32")
     assert len(reads) == 2 + 3 * 9  # each tensor once
     plain = huggingface.load_gemma(tmp_path, LLM_CONFIG, dtype="float32")

@@ -1,5 +1,7 @@
 """The whole model: the memory is a constant of the prompt, and who influences whom."""
 
+import functools
+
 from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
@@ -11,6 +13,7 @@ from configs import base
 from t2i_jax import build
 from t2i_jax.models import fusion
 from t2i_jax.models.llm import LLM
+from t2i_jax.sharding import to_spec
 from tests import tiny
 
 NET = tiny.model()
@@ -22,8 +25,9 @@ def params():
     return tiny.params(NET)
 
 
+@functools.partial(jax.jit, static_argnames="net")
 def whole(params, z=Z, t=T_B, ids=IDS, mask=MASK, net=NET):
-    return jax.jit(net.apply)({"params": params}, z, t, ids, mask)
+    return net.apply({"params": params}, z, t, ids, mask)
 
 
 def remember(params, ids=IDS, mask=MASK, net=NET):
@@ -39,8 +43,8 @@ def denoise(params, memory, z=Z, t=T_B, net=NET):
 def test_a_memory_made_once_serves_every_step(params):
     memory = remember(params)
     step = jax.jit(lambda z, t: denoise(params, memory, z, t))
-    tiny.close(step(Z, T_B), whole(params), 1e-6)
-    tiny.close(step(2 * Z, T_B / 3), whole(params, 2 * Z, T_B / 3), 1e-6)
+    for z, t in ((Z, T_B), (2 * Z, T_B / 3)):
+        tiny.close(step(z, t), whole(params, z, t))
 
 
 def test_the_image_has_no_influence_on_the_text(params):
@@ -76,45 +80,48 @@ def test_padding_has_no_influence_and_every_word_has(params):
     assert not influence[unused].any()
 
 
-def test_image_tokens_see_all_tokens_and_rows_only_themselves(params):
+def test_every_pixel_moves_the_whole_velocity_of_its_row_and_of_no_other(params):
     memory = remember(params)
-    jacobian = jax.jit(
-        jax.jacrev(lambda z: jnp.abs(denoise(params, memory, z)).sum((2, 3, 4)))
-        if Z.ndim == 5
-        else jax.jacrev(lambda z: jnp.abs(denoise(params, memory, z)).sum(-1))
-    )(Z)
-    influence = np.abs(np.asarray(jacobian)).sum(-1) > 0  # (B, H, W, B, H, W)
+    colour = np.array([0.7, -0.5, 0.3], np.float32)
+
+    def velocity(amount):  # (B, H, W), added to every pixel along `colour`
+        return denoise(params, memory, Z + amount[..., None] * colour)
+
+    jacobian = jax.jit(jax.jacfwd(velocity))(np.zeros(Z.shape[:3], np.float32))
+    moved = np.asarray(jacobian).any(3)  # (B, H, W) by (B, H, W)
     for i, j in np.ndindex(3, 3):
-        assert influence[i, :, :, j].all() if i == j else not influence[i, :, :, j].any()
+        assert moved[i, :, :, j].all() if i == j else not moved[i, :, :, j].any()
 
 
 def test_rows_in_another_order_give_the_same_in_that_order(params):
     order = np.array([2, 0, 1])
     turned = whole(params, Z[order], T_B[order], IDS[order], MASK[order])
-    tiny.close(turned, np.asarray(whole(params))[order], 1e-6)
+    tiny.close(turned, np.asarray(whole(params))[order])
 
 
 def test_bfloat16_is_near_float32(params):
-    """Three decimal digits a number; through two blocks and their LLM, a few per cent in norm."""
+    """Its numbers have 8 bits; through an LLM of three layers and two blocks, some per cent."""
     low = tiny.model(jnp.bfloat16)
     velocity, exact = np.asarray(whole(params, net=low)), np.asarray(whole(params))
     assert velocity.dtype == np.float32
     error = np.linalg.norm(velocity - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.03, error
+    assert 1e-3 < error < 0.06, error
     memory = remember(params, net=low)
     assert memory.keys_LBTKH.dtype == memory.values_LBTKH.dtype == jnp.bfloat16
     masters = fusion.init(low, jax.random.key(0), tiny.LATENTS)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(masters))
 
 
-def test_the_llm_starts_as_usual_and_every_parameter_has_axes(params):
-    boxed = fusion.init(NET, jax.random.key(3), tiny.LATENTS)
-    llm = flatten_dict(meta.unbox(boxed["llm"]), sep="/")
-    assert flatten_dict(meta.unbox(boxed), sep="/").keys() == flatten_dict(params, sep="/").keys()
-    table = np.asarray(llm["embed/weight"])
-    assert table.std() == pytest.approx(0.02, rel=0.05)
+def test_the_llm_starts_with_keys_of_unit_variance_and_every_parameter_has_axes(params):
+    boxed = jax.jit(lambda key: fusion.init(NET, key, tiny.LATENTS))(jax.random.key(3))
+    fresh = meta.unbox(boxed)
+    assert flatten_dict(fresh).keys() == flatten_dict(params).keys()
+    memory = remember(fresh)
+    for part in (memory.keys_LBTKH, memory.values_LBTKH):
+        assert np.asarray(part)[:, MASK].std() == pytest.approx(1.0, rel=0.3)
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)):
         assert len(leaf.names) == leaf.value.ndim
+        to_spec(leaf.names)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +129,10 @@ def test_the_llm_starts_as_usual_and_every_parameter_has_axes(params):
     [
         ({}, 2_448_479_296, 2_506_172_416),
         ({"dit.conditioning": "none"}, 1_982_157_888, 2_506_172_416),
-        ({"dit.num_layers": 10, "llm.num_layers": 10}, 1_366_213_696, 1_800_000_000),
+        ({"dit.num_layers": 10}, 1_366_213_696, 2_506_172_416),
         ({"dit.width": 1280}, 1_421_185_600, 2_506_172_416),
     ],
-    ids=["2d-rope", "no-temb", "layers-10", "hidden-1280"],
+    ids=["2d-rope", "no-temb", "10 layers", "hidden-1280"],
 )
 def test_sizes_are_the_published_ones(changes, dit, llm):
     config = base.get_config().unlock()

@@ -51,7 +51,11 @@ BLOCK = {
     "mlp/up/weight": "mlp.up_proj.weight",
     "mlp/down/weight": "mlp.down_proj.weight",
 }
-NAMES = {f"{part}/blocks/{k}": f"{part}.layers.#.{v}" for part in ("llm", "dit") for k, v in BLOCK.items()}
+NAMES = {
+    f"{part}/blocks/{k}": f"{part}.layers.#.{v}"
+    for part in ("llm", "dit")
+    for k, v in BLOCK.items()
+}
 NAMES |= {
     "llm/embed/weight": "llm.embed_tokens.weight",
     "llm/blocks/attention_norm/weight": "llm.layers.#.input_layernorm.weight",
@@ -94,7 +98,10 @@ def load(file):
     theirs = json.loads(bytes(arrays["config.json"]))
     llm = {ours: theirs["base_config"][name] for ours, name in LLM.items()}
     dit = {ours: theirs[name] for ours, name in DIT.items()}
-    dit |= {"mlp_width": llm["mlp_width"], "conditioning": theirs["timestep_conditioning"] or "none"}
+    dit |= {
+        "mlp_width": llm["mlp_width"],
+        "conditioning": theirs["timestep_conditioning"] or "none",
+    }
     model = fusion.build(llm, dit, channels=theirs["in_channels"])
     channels, height, width = arrays["in/latents"].shape[1:]
     shapes = jax.eval_shape(
@@ -189,6 +196,8 @@ def test_guided_sampling_with_memories_made_once(golden):
 
         null = memory.repeat(encode(slice(1)), 2)
         velocity = sampling.guided(denoise, encode(slice(2, 4)), null, scale, memory.concatenate)
-        return sampling.euler(velocity, nhwc(z["sampler/noise"]), time.sampling_sigmas(6, 1000, 3.0))
+        return sampling.euler(
+            velocity, nhwc(z["sampler/noise"]), time.sampling_sigmas(6, 1000, 3.0)
+        )
 
     assert relative(sample(golden.params), nhwc(z["sampler/latents"])) < 1e-4

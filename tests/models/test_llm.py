@@ -24,30 +24,31 @@ def read(params, ids=IDS, mask=MASK, net=NET):
 
 
 def test_a_token_is_influenced_by_itself_and_those_before_it_alone(params):
-    """The gradient of position i with respect to the embedding of token j, for every i and j."""
-    row = IDS[:1]
+    """The derivative of position i along any change of the embedding of token j, for all i and j."""
+    row, table = IDS[:1], params["embed"]["weight"]
+    change = np.random.default_rng(3).standard_normal(table.shape).astype(np.float32)
+    one_token = np.arange(len(table)) == row[0][:, None]  # all tokens differ: a row is a place
 
-    @jax.jit
-    @jax.jacrev
-    def reached(table):  # |h| of every position; all tokens differ, so a row is a position
+    def read_with(table):
         variables = {"params": {**params, "embed": {"weight": table}}}
         features = NET.apply(variables, row, jnp.ones_like(row, bool))
-        last = jnp.concatenate([features.keys_LBTKH[-1], features.values_LBTKH[-1]], axis=-1)
-        return jnp.abs(features.hidden_BTD[0]).sum(-1), jnp.abs(last[0]).sum((-1, -2))
+        return features.hidden_BTD[0], features.keys_LBTKH[-1, 0], features.values_LBTKH[-1, 0]
 
-    for jacobian in reached(params["embed"]["weight"]):
-        influence = np.abs(np.asarray(jacobian))[:, row[0]].sum(-1)
-        np.testing.assert_array_equal(influence > 0, np.tril(np.ones((tiny.TEXT,) * 2, bool)))
+    def along(token):
+        return jax.jvp(read_with, (table,), (change * token[:, None],))[1]
+
+    for derivative in jax.jit(jax.vmap(along))(one_token):  # (j, i, ...)
+        moved = np.asarray(derivative).reshape(tiny.TEXT, tiny.TEXT, -1).any(-1)
+        np.testing.assert_array_equal(moved, np.triu(np.ones((tiny.TEXT,) * 2, bool)))
 
 
 def test_padding_is_read_by_no_real_token(params):
     noise = np.where(MASK, IDS, np.random.default_rng(5).integers(0, 300, IDS.shape))
     assert (noise != IDS).any()
     features, other = read(params), read(params, noise)
-    for name in ("hidden_BTD", "keys_LBTKH", "values_LBTKH"):
-        a, b = np.asarray(getattr(features, name)), np.asarray(getattr(other, name))
-        real = np.broadcast_to(MASK if a.ndim == 3 else MASK[None], a.shape[: a.ndim - (1 + (a.ndim > 3))])
-        np.testing.assert_array_equal(a[real], b[real])
+    np.testing.assert_array_equal(features.hidden_BTD[MASK], other.hidden_BTD[MASK])
+    np.testing.assert_array_equal(features.keys_LBTKH[:, MASK], other.keys_LBTKH[:, MASK])
+    np.testing.assert_array_equal(features.values_LBTKH[:, MASK], other.values_LBTKH[:, MASK])
     np.testing.assert_array_equal(features.mask_BT, MASK)
 
 

@@ -81,8 +81,12 @@ def test_scores_depend_on_the_difference_of_positions_alone():
         return float(jnp.vdot(*turned))
 
     image = positions.image_angles("1d-rope", GRID, jnp.array([6]), HEAD, THETA)
-    assert score(image[:, :1], text[:, 5:6]) == pytest.approx(score(text[:, 8:9], text[:, 7:8]), abs=1e-4)
-    assert score(image[:, 2:3], text[:, 6:7]) == pytest.approx(score(text[:, 2:3], text[:, :1]), abs=1e-4)
+    assert score(image[:, :1], text[:, 5:6]) == pytest.approx(
+        score(text[:, 8:9], text[:, 7:8]), abs=1e-4
+    )
+    assert score(image[:, 2:3], text[:, 6:7]) == pytest.approx(
+        score(text[:, 2:3], text[:, :1]), abs=1e-4
+    )
 
 
 def test_rotation_keeps_bfloat16_but_computes_in_float32():

@@ -1,0 +1,79 @@
+"""The benchmarks, on pipelines that draw perfectly, or without reading."""
+
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from configs import digits as digits_config
+from configs import scenes as scenes_config
+from t2i_jax.data.digits import WORDS, Digits
+from t2i_jax.data.scenes import Scenes
+from t2i_jax.evaluation import benchmarks, digits
+
+
+class Oracle:
+    """Draws what a caption says by looking the caption up in the true renders."""
+
+    def __init__(self, config: ConfigDict, source, caption, reads: bool = True):
+        self.config = config
+        self._images = {}
+        for i in range(len(source)):
+            self._images.setdefault(caption(i), source[i]["image"])
+        self._reads = reads
+
+    def draw(self, prompts, *, seed, progress):
+        first = next(iter(self._images.values()))
+        images = [self._images.get(p, first) if self._reads else first for p in prompts]
+        progress(len(images))
+        return np.stack(images)
+
+
+def scenes_oracle(**options) -> Oracle:
+    config = scenes_config.get_config()
+    source = Scenes(config.data.image_size, "heldout", seed=3, length=60)
+    return Oracle(config, source, source.caption, **options)
+
+
+def test_scenes_scores_a_perfect_model_high_and_its_controls_low():
+    report = benchmarks.run("scenes", scenes_oracle(), 60, 3)
+    assert report["score"] >= 0.95
+    assert report["controls"]["shuffled"] < 0.35  # some held-out prompts are alike
+    assert report["controls"]["null"] < 0.2
+    assert len(report["categories"]) == 6
+    assert "control, shuffled" in benchmarks.table(report)
+
+
+def test_scenes_scores_a_model_that_does_not_read_low():
+    assert benchmarks.run("scenes", scenes_oracle(reads=False), 60, 3)["score"] < 0.2
+
+
+def test_digits_scores_real_digits_as_the_classifier_does_and_wrong_ones_at_zero():
+    size, held_out = 16, 297
+    source = Digits(size, "validation", held_out)
+    images = np.stack([source[i]["image"] for i in range(len(source))])
+    labels = np.array([source.label(i) for i in range(len(source))])
+    report = digits.score(images, labels, size, held_out)
+    assert report["score"] == pytest.approx(report["classifier"])
+    assert report["score"] > 0.9
+    assert digits.score(images, (labels + 1) % 10, size, held_out)["score"] < 0.05
+    assert sum(part["n"] for part in report["categories"].values()) == held_out
+
+
+def test_digits_benchmark_asks_for_every_digit():
+    config = digits_config.get_config()
+    source = Digits(config.data.image_size, "train", config.data.validation_size)
+    oracle = Oracle(config, source, lambda i: f"a handwritten {WORDS[source.label(i)]}")
+    report = benchmarks.run("digits", oracle, 20, 0)
+    assert report["score"] > 0.85
+    assert set(report["categories"]) == set(WORDS)
+
+
+def test_an_unknown_benchmark_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'scenes'"):
+        benchmarks.run("scene", scenes_oracle(), 6, 0)
+
+
+def test_the_prompts_of_the_demo_are_held_out():
+    source = Scenes(24, "heldout", seed=0, length=6000)
+    held_out = {source.caption(i) for i in range(len(source))}
+    assert set(scenes_config.get_config().sampling.prompts) <= held_out
