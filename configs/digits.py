@@ -17,7 +17,18 @@ def get_config() -> ConfigDict:
     config.sampling.update(
         prompts=tuple(
             f"a handwritten {word}"
-            for word in "zero one two three four five six seven eight nine".split()
+            for word in (
+                "zero",
+                "one",
+                "two",
+                "three",
+                "four",
+                "five",
+                "six",
+                "seven",
+                "eight",
+                "nine",
+            )
         )
     )
     return config.lock()

@@ -60,14 +60,14 @@ def get_config() -> ConfigDict:
         batch_size=100,
         every=500,
         prompts=(  # combinations that training never shows, one or two of each category
-            "a picture of a small ring on a grey background",
-            "a circle and a cross",
-            "a picture of three blue circles",
-            "a group of four yellow crosses",
-            "a picture of a small purple square",
-            "a red square on the right of a yellow cross",
+            "a small cross against a brown background",
+            "a cross and a circle",
+            "a picture of three green squares",
+            "on a black background, exactly four red squares",
+            "a big blue cross and nothing else on a grey background",
+            "a red square over a green circle",
             "a red circle on top of a square that is green",
-            "a red cross next to a ring in blue",
+            "a red triangle next to a cross in purple",
         ),
     )
     return config.lock()

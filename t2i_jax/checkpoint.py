@@ -67,7 +67,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at a step, each array with shape, dtype and sharding as in `like` (abstract)."""
+        """The state at a step; shapes, dtypes and shardings as in `like` (abstract)."""
         self.config(step)
         trees = {
             "params": like.params,
@@ -131,8 +131,8 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     nearby = directory if directory.exists() else path if path.exists() else path.parent
     there = sorted(p.name for p in nearby.iterdir())[:10] if nearby.exists() else []
     raise FileNotFoundError(
-        f"No checkpoint at {path}: expected {directory}/<step>. {nearby} holds {there or 'nothing'}. "
-        "`python launch/train.py --config=... --workdir=DIR` makes one."
+        f"No checkpoint at {path}: expected {directory}/<step>. "
+        f"{nearby} holds {there or 'nothing'}. `python launch/train.py --config=... --workdir=DIR` makes one."
     )
 
 

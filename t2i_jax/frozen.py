@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, checkpoint
+from t2i_jax.config import ConfigError
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.interop import huggingface
 from t2i_jax.models.autoencoder import Autoencoder
@@ -57,10 +58,11 @@ def load(
     like = build.sharded(boxed, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, like)
     dtype = jnp.dtype(config.train.frozen_dtype)
-    tokenizer = Tokenizer.load(tokenizer_path(config, workdir))
+    path = tokenizer_path(config, workdir)
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.llm.vocab_size:
-        raise ValueError(
-            f"The tokenizer in {tokenizer_path(config, workdir)} has {tokenizer.vocab_size} tokens, "
+        raise ConfigError(
+            f"The tokenizer in {path} has {tokenizer.vocab_size} tokens, "
             f"more than llm.vocab_size = {config.llm.vocab_size}."
         )
     if config.weights.llm:

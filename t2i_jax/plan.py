@@ -10,7 +10,7 @@ from t2i_jax.training import optimizer, state
 
 
 def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
-    """The plan of a training run, as text: model, sizes, mesh, batch, memory, data. Reads no data."""
+    """The plan of a run, as text: model, sizes, mesh, batch, memory, data. Reads no data."""
     boxed, boxed_frozen = build.abstract_params(config)
     trained, frozen = build.sharded(boxed, mesh), build.sharded(boxed_frozen, mesh)
     update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)

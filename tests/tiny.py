@@ -1,16 +1,19 @@
 """The smallest model and config that have every part. No two sizes are equal without a reason."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.core import meta
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 
 from configs import base
+from t2i_jax import build
 from t2i_jax.models import fusion
 from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.training import optimizer, state, step
 
 LLM = {
     "vocab_size": 300,
@@ -36,7 +39,8 @@ def model(dtype=jnp.float32, *, llm: dict[str, Any] | None = None, **dit) -> Tex
 
 def params(net: TextToImageModel, seed: int = 0) -> Any:
     """Random parameters, none of them zero, float32."""
-    boxed = jax.eval_shape(lambda key: fusion.init(net, key, LATENTS), jax.random.key(0))
+    one_token = (net.dit.patch_size, net.dit.patch_size, LATENTS[-1])
+    boxed = jax.eval_shape(lambda key: fusion.init(net, key, one_token), jax.random.key(0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: jnp.asarray(0.25 * rng.standard_normal(x.shape), jnp.float32),
@@ -76,8 +80,48 @@ def config(**changes: Any) -> ConfigDict:
     return c.lock()
 
 
+class Run(NamedTuple):
+    """What a train step is made of and takes, everything on one device."""
+
+    config: ConfigDict
+    objective: step.Objective
+    boxed: Any  # abstract trained parameters with their axes
+    update: optax.GradientTransformation
+    rate: optax.Schedule
+    state: state.TrainState  # random, nothing zero
+    frozen: Any
+    batch: Any  # NumPy
+
+    def train_step(self, **options):
+        """The step as a run has it, not jitted."""
+        options = {"accumulation": self.config.train.accumulation} | options
+        return step.make_train_step(
+            self.objective, self.update, self.rate, ema=self.config.ema, **options
+        )
+
+
+def run(seed: int = 0, **changes: Any) -> Run:
+    """The parts of a run of `config(**changes)`, without its data."""
+    c = config(**changes)
+    net = build.model(c)
+    boxed, _ = build.abstract_params(c)
+    update, rate = optimizer.make(c.optimizer, c.train.steps, boxed)
+    weights = params(net, seed)
+    rng = np.random.default_rng((seed, 3))
+    rows, length, side = c.train.batch_size, c.data.max_text_tokens, c.data.image_size
+    batch = {
+        "image": rng.integers(0, 256, (rows, side, side, 3), np.uint8),
+        "ids": rng.integers(0, c.llm.vocab_size, (rows, length), np.int32),
+        "mask": np.arange(length) < rng.integers(1, length + 1, (rows, 1)),
+    }
+    current = state.create({"dit": weights["dit"]}, update)
+    frozen = {"llm": weights["llm"], "autoencoder": {}}
+    objective = step.Objective(net, build.make_autoencoder(c), **c.flow)
+    return Run(c, objective, boxed, update, rate, current, frozen, batch)
+
+
 def close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Asserts that two trees agree leaf by leaf, within `tolerance` of each leaf's largest value."""
+    """Asserts that two trees agree, within `tolerance` of each leaf's largest value."""
 
     def one(path, a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -10,7 +10,6 @@ Coordinates are canvas fractions with the origin at the top left, x to the right
 
 from collections.abc import Callable
 import dataclasses
-import math
 
 import numpy as np
 
@@ -30,10 +29,11 @@ INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 # Layouts are made in pixels of a 24-pixel canvas, and returned in fractions of it.
 CANVAS = 24.0
 _MARGIN = 1.0
-_GAP, _GAP_OF_MANY = 2.0, 1.75  # least distance between the boxes of two objects
 SIZES = {"small": (8.5, 10.5), "medium": (10.5, 12.5), "large": (12.5, 14.5)}  # of one object
-_SIZES_OF_TWO, _SIZES_OF_MANY = (8.0, 9.75), (6.9, 7.9)
-_SLANT = 0.4  # largest offset across a relation's axis, relative to that along it
+_SIZES_OF_MANY = (8.2, 8.9)  # of several
+_FIRST, _SECOND = 6.25, 17.75  # rows and columns of the lattice that several stand on
+_CELLS = tuple((x, y) for y in (_FIRST, _SECOND) for x in (_FIRST, _SECOND))
+_JITTER = 0.5  # how far off, along either axis: their boxes are a pixel apart
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,46 +92,19 @@ def relation_of(first: Object, second: Object) -> str:
     return "above" if dy < 0 else "below"
 
 
-def _scatter(
-    draw: Draws, n: int, cell: float, x: float, y: float, width: float, height: float
-) -> list:
-    """Centres of n square cells in a rectangle, cut at random until each cell has its own part."""
-    half = cell / 2
-    if n == 1:
-        return [
-            (draw.uniform(x + half, x + width - half), draw.uniform(y + half, y + height - half))
-        ]
-    cuts = []
-    for across, length, depth in ((True, width, height), (False, height, width)):
-        rows = int(depth / cell + 1e-9)
-        for k in range(1, n):
-            low, high = cell * math.ceil(k / rows), length - cell * math.ceil((n - k) / rows)
-            if low <= high:
-                cuts.append((across, k, low, high))
-    across, k, low, high = draw.choose(cuts)
-    cut = draw.uniform(low, high)
-    if across:
-        first, rest = (x, y, cut, height), (x + cut, y, width - cut, height)
-    else:
-        first, rest = (x, y, width, cut), (x, y + cut, width, height - cut)
-    return _scatter(draw, k, cell, *first) + _scatter(draw, n - k, cell, *rest)
+def _scatter(draw: Draws, n: int) -> list[tuple[float, float]]:
+    """Centres of n of the four cells, in random order."""
+    cells, centres = list(_CELLS), []
+    for _ in range(n):
+        centres.append(cells.pop(int(draw() * len(cells))))
+    return centres
 
 
-def _relate(draw: Draws, relation: str, first: float, second: float) -> list:
-    """Centres of boxes of two sizes: apart along the relation's axis, and less along the other."""
-    before, after = (first, second) if relation in ("above", "left") else (second, first)
-    slack = CANVAS - 2 * _MARGIN - before - after - _GAP
-    low, high = sorted((draw.uniform(0.0, slack), draw.uniform(0.0, slack)))
-    start = _MARGIN + low + before / 2
-    end = start + (before + after) / 2 + _GAP + high - low
-    reach = _SLANT * (end - start)
-    inset = _MARGIN + max(first, second) / 2
-    side = draw.uniform(inset, CANVAS - inset)
-    other = draw.uniform(max(inset, side - reach), min(CANVAS - inset, side + reach))
-    places = [(start, side), (end, other)]
-    if relation in ("above", "below"):
-        places = [(x, y) for y, x in places]
-    return places if relation in ("above", "left") else places[::-1]
+def _relate(draw: Draws, relation: str) -> list[tuple[float, float]]:
+    """Centres of two cells of one row or column, the first in that relation to the second."""
+    low, high, side = _FIRST, _SECOND, draw.choose((_FIRST, _SECOND))
+    ends = (low, high) if relation in ("above", "left") else (high, low)
+    return [(side, end) if relation in ("above", "below") else (end, side) for end in ends]
 
 
 def arrange(
@@ -143,33 +116,31 @@ def arrange(
 ) -> list[tuple[float, float, float]]:
     """Centre x, y and width, in canvases, of n objects that do not touch.
 
-    One object has the named size. Two stand in a relation if one is given. Up to four that are
-    alike differ little in width; otherwise there are at most two.
+    One object has the named size and stands anywhere. Up to four stand about the centres of a
+    two-by-two lattice, two in a relation if one is given; those that are alike differ little in
+    width.
     """
-    gap = _GAP_OF_MANY if alike else _GAP
-    if alike:
+    if n == 1:
+        width = draw.uniform(*SIZES[size])
+        inset = _MARGIN + width / 2
+        places = [(*(draw.uniform(inset, CANVAS - inset) for _ in "xy"), width)]
+    else:
         width = draw.uniform(*_SIZES_OF_MANY)
-        widths = [width * draw.uniform(0.97, 1.03) for _ in range(n)]
-    else:
-        widths = [draw.uniform(*(SIZES[size] if n == 1 else _SIZES_OF_TWO)) for _ in range(n)]
-    if relation:
-        centres = _relate(draw, relation, *widths)
-    else:
-        start, side = _MARGIN - gap / 2, CANVAS - 2 * _MARGIN + gap
-        centres = _scatter(draw, n, max(widths) + gap, start, start, side, side)
-    return [
-        (x / CANVAS, y / CANVAS, width / CANVAS)
-        for (x, y), width in zip(centres, widths, strict=True)
-    ]
+        spread = 0.03 if alike else 0.06
+        centres = _relate(draw, relation) if relation else _scatter(draw, n)
+        places = [
+            (
+                x + draw.uniform(-_JITTER, _JITTER),
+                y + draw.uniform(-_JITTER, _JITTER),
+                width * draw.uniform(1 - spread, 1 + spread),
+            )
+            for x, y in centres
+        ]
+    return [tuple(length / CANVAS for length in place) for place in places]
 
 
 def _circle(x, y, size, edge):
     return np.clip(0.5 - (np.hypot(x, y) - 0.5 * size) / edge, 0.0, 1.0)
-
-
-def _ring(x, y, size, edge):
-    distance = np.abs(np.hypot(x, y) - 0.375 * size) - 0.125 * size
-    return np.clip(0.5 - distance / edge, 0.0, 1.0)
 
 
 def _interval(x, half, edge):
@@ -199,7 +170,6 @@ _COVERAGE: dict[str, Callable] = {
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,
-    "ring": _ring,
 }
 SHAPES = tuple(_COVERAGE)
 

@@ -22,7 +22,7 @@ Report = dict[str, Any]
 
 
 def run(name: str, pipeline: Pipeline, num_images: int, seed: int) -> Report:
-    """The report of a benchmark: {'benchmark', 'score', ...}. Raises ConfigError for another name."""
+    """The report {'benchmark', 'score', ...}. Raises ConfigError for an unknown name."""
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

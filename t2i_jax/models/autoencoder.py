@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.models import layers
-from t2i_jax.sharding import with_axes
 from t2i_jax.models.attention import attend
+from t2i_jax.sharding import with_axes
 
 PIXEL_CHANNELS = 3
 SAME = ((1, 1), (1, 1))  # padding of a 3 x 3 convolution: (above, below), (left, right)

@@ -51,7 +51,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN-Zero: `count` vectors (B, 1, D) from the timestep, all zero at first (arXiv 2212.09748).
+    """AdaLN-Zero: `count` vectors (B, 1, D) of the timestep, zero at first (arXiv 2212.09748).
 
     Returns float32.
     """

@@ -103,7 +103,8 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         learning_rate=c.learning_rate,
     )
     with Progress(c.steps, images=c.batch_size, name="language model", unit="captions") as bar:
-        for i, (params, loss) in enumerate(steps, 1):
+        for i, (trained, loss) in enumerate(steps, 1):
+            params = trained
             if i % 10 == 0 or i == c.steps:
                 bar.update(i, loss=float(loss))
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, like)
@@ -280,7 +281,7 @@ class _Watch:
 
 
 def _validation_batches(parts: Parts) -> Iterator[Any]:
-    """The held-out samples in fixed order, this process's rows; what does not fill a batch is left."""
+    """The held-out samples in order, this process's rows; what fills no batch is left out."""
     config = parts.config
     size = min(config.train.batch_size, len(parts.validation_source))
     size -= size % sharding.batch_shards(parts.mesh)

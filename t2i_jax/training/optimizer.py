@@ -3,7 +3,8 @@
 Muon (Jordan, 2024) replaces the momentum of a matrix by the nearest semi-orthogonal matrix, so that
 every direction of the update is of the same size. It applies to the matrices inside the blocks:
 weights with the model width on one side and heads or feed-forward width on the other, whatever the
-number of axes these are stored in. Embeddings, modulation, in- and output layers take AdamW.
+number of axes these are stored in. Embeddings, modulation, in- and output layers take AdamW, with
+Nesterov's momentum as Muon's own (optax.contrib.muon has one switch for both).
 """
 
 from typing import Any

@@ -98,8 +98,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch, rng) -> (state, metrics); to be jitted once.
 
-    `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are float32 scalars: loss, grad_norm
-    (before clipping), param_norm, update_norm, learning_rate.
+    `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are
+    float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate.
     """
 
     def gradient(params, inputs):

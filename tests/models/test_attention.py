@@ -7,13 +7,13 @@ import pytest
 
 from t2i_jax.models.attention import attend
 
-B, I, S, N, K, H = 2, 3, 5, 4, 2, 6
+B, Q, S, N, K, H = 2, 3, 5, 4, 2, 6
 SCALE = 0.37
 
 
 def operands(kv_heads=K, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = [(B, I, N, H), (B, S, kv_heads, H), (B, S, kv_heads, H)]
+    shapes = [(B, Q, N, H), (B, S, kv_heads, H), (B, S, kv_heads, H)]
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
@@ -30,7 +30,7 @@ def literal(q, k, v, seen):
     return out
 
 
-EVERYTHING = np.ones((B, I, S), bool)
+EVERYTHING = np.ones((B, Q, S), bool)
 BY_KEY = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]], bool)
 BY_QUERY = np.array(
     [
@@ -46,7 +46,7 @@ BY_QUERY = np.array(
     "mask, seen",
     [
         (None, EVERYTHING),
-        (BY_KEY, np.broadcast_to(BY_KEY[:, None], (B, I, S))),
+        (BY_KEY, np.broadcast_to(BY_KEY[:, None], (B, Q, S))),
         (BY_QUERY, BY_QUERY),
     ],
     ids=["all", "by key", "by query and key"],

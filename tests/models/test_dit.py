@@ -182,21 +182,32 @@ def test_without_conditioning_the_time_is_not_seen():
         assert (moved > 1e-3) == seen and (seen or moved == 0)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
-def test_remat_changes_what_is_recomputed_and_nothing_else(policy):
+def test_a_prediction_of_the_data_gives_the_velocity_that_leads_there():
+    net = make(prediction="data")
+    params = random_params(net)
+    times = np.array([0.001, 0.05, 0.8], np.float32)
+    output = apply(make(), params, times)  # the same network, its output as it is
+    slope = (Z - np.asarray(output)) / np.array([0.05, 0.05, 0.8])[:, None, None, None]
+    tiny.close(apply(net, params, times), slope)
+
+
+def test_remat_changes_what_is_recomputed_and_nothing_else():
     net = make()
     params = random_params(net)
 
-    def gradient(net):
-        loss = lambda p: jnp.square(net.apply({"params": p}, Z, T_B, memory())).mean()  # noqa: E731
-        return jax.grad(loss)
+    def gradient(policy):
+        def loss(p):
+            return jnp.square(net.clone(remat=policy).apply({"params": p}, Z, T_B, memory())).mean()
 
-    plain, recomputing = gradient(net), gradient(net.clone(remat=policy))
-    tiny.close(jax.jit(recomputing)(params), jax.jit(plain)(params), 1e-5)
-    products = [str(jax.make_jaxpr(f)(params)).count("dot_general") for f in (plain, recomputing)]
-    # 'dots' keeps the weight products' outputs: only attention, with batch axes, is done again.
-    again = products[1] - products[0]
-    assert (again >= 7) if policy == "full" else (1 <= again <= 2), products
+        traced = jax.jit(jax.grad(loss)).trace(params)
+        return str(traced.jaxpr).count("dot_general"), traced.lower().compile()(params)
+
+    products, grads = gradient("none")
+    for policy in ("full", "dots"):
+        more, same = gradient(policy)
+        tiny.close(same, grads)
+        # 'dots' keeps the outputs of weights: only attention's two products are done again.
+        assert (more >= products + 7) if policy == "full" else (more == products + 2)
 
 
 def test_at_first_the_velocity_is_zero_and_blocks_are_the_identity():
@@ -214,7 +225,7 @@ def test_at_first_the_velocity_is_zero_and_blocks_are_the_identity():
         bound = np.sqrt(6 / (fan_in + fan_out))
         assert 0.97 * bound < np.abs(weight).max() <= bound
         assert weight.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
-        assert len(np.unique(weight)) == weight.size  # no two layers alike
+        assert abs(np.corrcoef(weight.reshape(3, -1)) - np.eye(3)).max() < 0.2  # each layer its own
 
 
 @pytest.mark.parametrize(
@@ -234,6 +245,8 @@ def test_latents_of_another_shape_are_refused(z, message):
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match=r"'film'.*adaln-zero.*none"):
         random_params(make(conditioning="film"))
+    with pytest.raises(ValueError, match=r"'noise'.*velocity.*data"):
+        random_params(make(prediction="noise"))
     with pytest.raises(ValueError, match=r"'some'.*none.*full.*dots"):
         random_params(make(remat="some"))
     with pytest.raises(AssertionError):

@@ -25,14 +25,22 @@ def params():
     return tiny.params(NET)
 
 
-@functools.partial(jax.jit, static_argnames="net")
+@functools.partial(jax.jit, static_argnums=0)
+def run(net, params, *inputs):
+    return net.apply({"params": params}, *inputs)
+
+
 def whole(params, z=Z, t=T_B, ids=IDS, mask=MASK, net=NET):
-    return net.apply({"params": params}, z, t, ids, mask)
+    return run(net, params, z, t, ids, mask)
 
 
-def remember(params, ids=IDS, mask=MASK, net=NET):
-    only = {"params": {"llm": params["llm"]}}
-    return jax.jit(lambda: net.apply(only, ids, mask, method="encode_text"))()
+@functools.partial(jax.jit, static_argnums=0)
+def encode(net, llm):
+    return net.apply({"params": {"llm": llm}}, IDS, MASK, method="encode_text")
+
+
+def remember(params, net=NET):
+    return encode(net, params["llm"])
 
 
 def denoise(params, memory, z=Z, t=T_B, net=NET):
@@ -50,16 +58,18 @@ def test_a_memory_made_once_serves_every_step(params):
 def test_the_image_has_no_influence_on_the_text(params):
     """The derivative of all that the LLM and the memory are, along any change of the latents."""
 
+    def of_the_text(module, method):
+        return isinstance(module, LLM) or method == "remember"
+
     def text(z):
         _, kept = NET.apply(
-            {"params": params}, z, T_B, IDS, MASK,
-            capture_intermediates=lambda module, method: isinstance(module, LLM) or method == "remember",
-        )  # fmt: skip
+            {"params": params}, z, T_B, IDS, MASK, capture_intermediates=of_the_text
+        )
         kept = kept["intermediates"]
         assert {"llm", "remember"} <= kept.keys()
         return [x for x in jax.tree.leaves(kept) if x.dtype == jnp.float32]
 
-    values, tangents = jax.jvp(text, (Z,), (np.ones_like(Z),))
+    values, tangents = jax.jit(lambda z, dz: jax.jvp(text, (z,), (dz,)))(Z, np.ones_like(Z))
     assert len(values) == 5  # keys, values, hidden state; keys, values
     assert all(np.asarray(x).any() for x in values)
     assert not any(np.asarray(x).any() for x in tangents)
@@ -108,7 +118,7 @@ def test_bfloat16_is_near_float32(params):
     assert 1e-3 < error < 0.06, error
     memory = remember(params, net=low)
     assert memory.keys_LBTKH.dtype == memory.values_LBTKH.dtype == jnp.bfloat16
-    masters = fusion.init(low, jax.random.key(0), tiny.LATENTS)
+    masters = jax.eval_shape(lambda key: fusion.init(low, key, tiny.LATENTS), jax.random.key(0))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(masters))
 
 

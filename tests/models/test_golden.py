@@ -1,7 +1,7 @@
 """The published PyTorch system's outputs, losses, gradients and samples, from its weights.
 
-tests/goldens/NAME.npz are runs of tang-bd/fuse-dit at toy size, in float32 (one is kept here; others,
-put beside it, are tested too).
+tests/goldens/NAME.npz are runs of tang-bd/fuse-dit at toy size, in float32 (one is kept here;
+others, put beside it, are tested too).
 """
 
 import json

@@ -24,7 +24,7 @@ def read(params, ids=IDS, mask=MASK, net=NET):
 
 
 def test_a_token_is_influenced_by_itself_and_those_before_it_alone(params):
-    """The derivative of position i along any change of the embedding of token j, for all i and j."""
+    """The derivative of position i along a change of the embedding of token j, for all i, j."""
     row, table = IDS[:1], params["embed"]["weight"]
     change = np.random.default_rng(3).standard_normal(table.shape).astype(np.float32)
     one_token = np.arange(len(table)) == row[0][:, None]  # all tokens differ: a row is a place

@@ -14,7 +14,7 @@ S10 = 10**0.5
 
 
 def literal(kind, n):
-    """Angles (6, 4) after a text of n tokens; 100^(-2i/8) is 1, 1/sqrt(10), 1/10, 1/(10 sqrt(10))."""
+    """Angles (6, 4) after n tokens of text; 100^(-2i/8) is 1, 1/sqrt(10), 1/10, 1/sqrt(1000)."""
     if kind == "1d-rope":
         return [[p, p / S10, p / 10, p / (10 * S10)] for p in range(n, n + 6)]
     rows = [(n + r, n + c) for r, c in CELLS]
