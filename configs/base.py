@@ -93,12 +93,12 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # 'adamw' | 'muon' (matrices by Muon, the rest by AdamW)
     config.optimizer.learning_rate = 1e-4  # AdamW's
     config.optimizer.muon_learning_rate = 0.02  # Muon's, on the matrices
-    config.optimizer.weight_decay = 1e-4  # decoupled, on matrices
+    config.optimizer.weight_decay = 1e-4  # decoupled, on every trained parameter, as published
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
-    config.optimizer.warmup_steps = 0  # linear from 0
+    config.optimizer.warmup_steps = 0  # linear, from 1/warmup_steps of the rate
     config.optimizer.schedule = "constant"  # 'constant' | 'linear' | 'cosine': what follows warm-up
     config.optimizer.decay_steps = 0  # length of the final decay to zero; 0 = all after warm-up
 
@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
     )
 
     config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: the rest
-    config.mesh.data = 1  # replicas; spans slices
+    config.mesh.data = 1  # replicas of the parameters
     config.mesh.fsdp = -1  # shards of parameters, optimiser state and batch
     config.mesh.tensor = 1  # shards of heads and MLP
     return config.lock()

@@ -19,10 +19,11 @@ def get_config() -> ConfigDict:
         vocab_size=512,
         width=128,
         num_layers=6,
-        num_heads=2,
-        num_kv_heads=1,
+        num_heads=4,
+        num_kv_heads=2,
         head_width=64,
         mlp_width=256,
+        rope_theta=1e6,
         unroll=6,
     )
     config.pretrain.update(steps=200, batch_size=64, vocab_size=512)
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
         width=128,
         num_layers=6,
         mlp_width=384,
-        patch_size=4,
+        patch_size=6,
         conditioning="none",
         prediction="data",
         unroll=6,
@@ -46,19 +47,24 @@ def get_config() -> ConfigDict:
         num_threads=1,
     )
     config.optimizer.update(
-        name="muon", learning_rate=3e-3, schedule="linear", warmup_steps=20, decay_steps=0
+        name="muon",
+        learning_rate=2e-3,
+        muon_learning_rate=0.012,
+        schedule="linear",
+        warmup_steps=20,
+        decay_steps=0,
     )
-    config.ema.update(decay=0.99, every=1, warmup=True)
+    config.ema.update(decay=0.995, every=1, warmup=True)
     config.train.update(
-        steps=1500, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
+        steps=2500, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
     )
     config.checkpoint.update(every=500, keep=2)
     config.validation.update(every=500)
     config.sampling.update(
         steps=25,
-        guidance=4.0,
+        guidance=5.0,
         batch_size=100,
-        every=500,
+        every=1000,
         prompts=(  # combinations that training never shows, one or two of each category
             "a small cross against a brown background",
             "a cross and a circle",

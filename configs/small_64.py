@@ -21,14 +21,21 @@ def get_config() -> ConfigDict:
         width=256,
         num_layers=8,
         num_heads=4,
-        num_kv_heads=1,
+        num_kv_heads=2,
         head_width=64,
         mlp_width=512,
+        rope_theta=1e6,
         unroll=8,
     )
     config.pretrain.update(steps=300, batch_size=64, learning_rate=2e-3, vocab_size=2048)
     config.dit.update(
-        width=256, num_layers=8, mlp_width=768, patch_size=8, conditioning="none", unroll=8
+        width=256,
+        num_layers=8,
+        mlp_width=768,
+        patch_size=8,
+        conditioning="none",
+        prediction="data",
+        unroll=8,
     )
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     config.flow.update(shift=2.0)
@@ -40,7 +47,12 @@ def get_config() -> ConfigDict:
         num_threads=2,
     )
     config.optimizer.update(
-        name="muon", learning_rate=2e-3, schedule="linear", warmup_steps=50, decay_steps=0
+        name="muon",
+        learning_rate=1.5e-3,
+        muon_learning_rate=0.01,
+        schedule="linear",
+        warmup_steps=50,
+        decay_steps=0,
     )
     config.ema.update(decay=0.998, every=1, warmup=True)
     config.train.update(

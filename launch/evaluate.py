@@ -29,8 +29,9 @@ def main(_):
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     report = benchmarks.run(BENCHMARK.value, pipeline, NUM_IMAGES.value, SEED.value)
     report = {"checkpoint": CHECKPOINT.value, "weights": WEIGHTS.value, **report}
-    benchmarks.write(OUT.value, report)
     print(benchmarks.table(report))
+    benchmarks.write(OUT.value, report)
+    print(f"The report is in {OUT.value}")
     if REQUIRE.value is not None and report["score"] < REQUIRE.value:
         sys.exit(f"score {report['score']:.3f} is below the required {REQUIRE.value}")
 

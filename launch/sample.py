@@ -17,7 +17,7 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
 OUT = flags.DEFINE_string("out", "samples.png", "The grid.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images a prompt.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the config's.")
 SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
@@ -25,17 +25,24 @@ flags.mark_flag_as_required("checkpoint")
 
 
 def main(_):
+    from t2i_jax.errors import MissingError
     from t2i_jax.evaluation import pictures
     from t2i_jax.pipeline import Pipeline
     from t2i_jax.training.metrics import Progress
 
+    Path(OUT.value).absolute().parent.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
+        if not Path(PROMPTS_FILE.value).is_file():
+            raise MissingError(f"--prompts_file={PROMPTS_FILE.value}: no such file.")
         lines = Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise MissingError(f"--prompts_file={PROMPTS_FILE.value} holds no prompt.")
     prompts = prompts or list(pipeline.config.sampling.prompts)
-    prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
+    columns = min(8, len(prompts))  # a prompt a column, where they fit
+    prompts *= NUM_IMAGES.value
     with Progress(len(prompts), name="drawing") as bar:
         images = pipeline.draw(
             prompts,
@@ -44,7 +51,6 @@ def main(_):
             seed=SEED.value,
             progress=bar.update,
         )
-    columns = NUM_IMAGES.value if 1 < NUM_IMAGES.value <= 8 else min(8, len(prompts))
     pictures.grid(images, prompts, columns=columns).save(OUT.value)
     print(f"{len(images)} images in {OUT.value}")
 

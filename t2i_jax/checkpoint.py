@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
 from t2i_jax import config as config_lib
+from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.training.state import TrainState
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ class Checkpoints:
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = self._manager.restore(step, args=items)["meta"]
         if meta["format_version"] != FORMAT_VERSION:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.directory / str(step)} has checkpoint format {meta['format_version']}; "
                 f"this version of t2i_jax reads format {FORMAT_VERSION}."
             )
@@ -117,7 +118,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     """(working directory, step) of the checkpoint at `path`.
 
     `path` is a working directory (its newest checkpoint) or <workdir>/checkpoints/<step>. Raises
-    FileNotFoundError that says what is there instead.
+    MissingError that says what is there instead.
     """
     path = epath.Path(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.exists():
@@ -130,9 +131,10 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
         return path, max(steps)
     nearby = directory if directory.exists() else path if path.exists() else path.parent
     there = sorted(p.name for p in nearby.iterdir())[:10] if nearby.exists() else []
-    raise FileNotFoundError(
+    raise MissingError(
         f"No checkpoint at {path}: expected {directory}/<step>. "
-        f"{nearby} holds {there or 'nothing'}. `python launch/train.py --config=... --workdir=DIR` makes one."
+        f"{nearby} holds {there or 'nothing'}. "
+        "`python launch/train.py --config=... --workdir=DIR` makes one."
     )
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from t2i_jax import config as configs
-from t2i_jax.config import ConfigError, UserError
+from t2i_jax.errors import ConfigError, UserError
 
 _PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}
 

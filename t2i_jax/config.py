@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
+from t2i_jax.errors import ConfigError
 from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
 from t2i_jax.models.layers import REMAT_POLICIES
 from t2i_jax.models.positions import IMAGE_POSITIONS
@@ -69,14 +70,6 @@ RANGES: dict[str, _Range] = {
     "mesh.fsdp": _SHARDS,
     "mesh.tensor": _SHARDS,
 }
-
-
-class UserError(Exception):
-    """Something for the user to put right: launch scripts show the message, and no traceback."""
-
-
-class ConfigError(UserError, ValueError):
-    """A config or command line that cannot work."""
 
 
 # --- reading ---

@@ -7,6 +7,8 @@ from the captions of its data and lie in its working directory:
     <workdir>/llm/          parameters of the pre-trained language model
 """
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 from etils import epath
@@ -16,8 +18,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, checkpoint
-from t2i_jax.config import ConfigError
 from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.errors import ConfigError
 from t2i_jax.interop import huggingface
 from t2i_jax.models.autoencoder import Autoencoder
 
@@ -66,16 +68,27 @@ def load(
             f"more than llm.vocab_size = {config.llm.vocab_size}."
         )
     if config.weights.llm:
-        llm = huggingface.load_gemma(config.weights.llm, config.llm, shardings["llm"], dtype)
+        with _users_files():
+            llm = huggingface.load_gemma(config.weights.llm, config.llm, shardings["llm"], dtype)
     else:
         llm = checkpoint.load_tree(llm_path(workdir), like["llm"])
     if config.autoencoder.kind == "identity":
         return tokenizer, build.make_autoencoder(config), {"llm": llm, "autoencoder": {}}
-    net, params = huggingface.load_autoencoder(
-        config.weights.autoencoder,
-        dtype,
-        config=config.autoencoder,
-        shardings=shardings["autoencoder"],
-    )
+    with _users_files():
+        net, params = huggingface.load_autoencoder(
+            config.weights.autoencoder,
+            dtype,
+            config=config.autoencoder,
+            shardings=shardings["autoencoder"],
+        )
     net = net.clone(dtype=jnp.dtype(config.train.dtype))
     return tokenizer, build.make_autoencoder(config, net), {"llm": llm, "autoencoder": params}
+
+
+@contextlib.contextmanager
+def _users_files() -> Iterator[None]:
+    """What is wrong with files that the user gave is the user's to know, without a traceback."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(str(error)) from error

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
+from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from PIL import Image
 from t2i_jax import build, checkpoint, frozen, sharding
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.diffusion import sampling, time
+from t2i_jax.errors import ConfigError
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.models.memory import TextMemory, concatenate, repeat
@@ -49,7 +51,7 @@ class Pipeline(NamedTuple):
         workdir, step = checkpoint.find(path)
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)
-            mesh = sharding.make_mesh(**config.mesh)
+            mesh = _mesh_here(config)
             tokenizer, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
             like = build.sharded(build.abstract_params(config)[0], mesh)
             params = saved.weights(step, weights, like)
@@ -102,6 +104,10 @@ class Pipeline(NamedTuple):
         c = self.config
         texts = [c.data.instruction + prompt if prompt else "" for prompt in prompts]
         ids, mask = self.tokenizer.encode([*texts, ""], c.data.max_text_tokens)
+        _, one_longer = self.tokenizer.encode(texts, c.data.max_text_tokens + 1)
+        for text, cut in zip(texts, one_longer.all(axis=1), strict=True):
+            if cut:
+                logging.warning("Only %d tokens are read of %r", c.data.max_text_tokens, text)
         replicated = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
             images = _solve(
@@ -119,6 +125,14 @@ class Pipeline(NamedTuple):
             )
             gathered = jax.device_put(images, replicated)
         return np.asarray(gathered)
+
+
+def _mesh_here(config: ConfigDict) -> Mesh:
+    """The config's mesh, or, where these devices are other ones, all of them as shards."""
+    try:
+        return sharding.make_mesh(**config.mesh)
+    except ConfigError:
+        return sharding.make_mesh()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

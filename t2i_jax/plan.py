@@ -3,14 +3,18 @@
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import numpy as np
 
 from t2i_jax import build, sharding
+from t2i_jax.errors import ConfigError
 from t2i_jax.training import optimizer, state
 
 
 def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
-    """The plan of a run, as text: model, sizes, mesh, batch, memory, data. Reads no data."""
+    """The plan of a run, as text: model, sizes, mesh, batch, memory, data. Reads no data.
+
+    Raises ConfigError where the batch, or the validation set, does not divide over the mesh.
+    """
+    _check_batch(config, mesh)
     boxed, boxed_frozen = build.abstract_params(config)
     trained, frozen = build.sharded(boxed, mesh), build.sharded(boxed_frozen, mesh)
     update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)
@@ -65,6 +69,21 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     return "\n".join(f"{name:>9}  {text}" for name, text in lines)
 
 
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    shards, parts = sharding.batch_shards(mesh), config.train.accumulation
+    if config.train.batch_size % (shards * parts):
+        raise ConfigError(
+            f"train.batch_size = {config.train.batch_size} does not divide over {shards} shards of "
+            f"the batch (mesh.data x mesh.fsdp) in {parts} microbatch(es); give a multiple of "
+            f"{shards * parts}."
+        )
+    if config.validation.every and config.data.validation_size < shards:
+        raise ConfigError(
+            f"data.validation_size = {config.data.validation_size} is less than one sample for "
+            f"each of {shards} shards of the batch; raise it, or set validation.every to 0."
+        )
+
+
 def _shardings(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
@@ -74,8 +93,8 @@ def _bytes(tree, shardings) -> int:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.4g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
         count /= 1000
-    return str(np.nan)
+    return f"{count:,.4g} GB"

@@ -3,9 +3,9 @@
 Parameters and activations name their axes by what they are ('embed', 'heads', 'batch', ...); this
 module alone knows what that means on a machine. Mesh axes are
 
-    data    replicas of the parameters; may span slices (slow network)
-    fsdp    shards of parameters, optimiser state, EMA and batch; inside one slice
-    tensor  shards of heads, feed-forward width and vocabulary; inside one slice
+    data    replicas of the parameters: the least traffic
+    fsdp    shards of parameters, optimiser state, EMA and batch
+    tensor  shards of heads, feed-forward width and vocabulary: the most traffic
 
 A batch is split over data x fsdp. Every matrix has one axis on 'fsdp' (its model width) and at most
 one on 'tensor'; vectors (norms, biases) are whole everywhere. Two axes of one array that claim the
@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
+
+from t2i_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -67,11 +69,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"{given}: sizes are positive, and at most one is -1 (the rest).")
+        raise ConfigError(f"{given}: sizes are positive, and at most one is -1 (the rest).")
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"{given} does not fit {len(devices)} devices; mesh.data=1, mesh.fsdp=-1, "
             "mesh.tensor=1 always does."
         )

@@ -1,11 +1,13 @@
 """Every test runs on eight simulated devices of the CPU; this file is read before jax is."""
 
+from importlib import metadata
 import os
 
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",  # LLVM's: compiling is most of the time here
-)
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+# Compiling is most of the time here, so the code may be slow: a quarter of the seconds.
+_FLAGS += ["--xla_backend_optimization_level=0"]
+if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # unknown since
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])

@@ -28,11 +28,11 @@ INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 
 # Layouts are made in pixels of a 24-pixel canvas, and returned in fractions of it.
 CANVAS = 24.0
-_MARGIN = 1.0
-SIZES = {"small": (8.5, 10.5), "medium": (10.5, 12.5), "large": (12.5, 14.5)}  # of one object
+SIZES = {"small": (8.5, 9.5), "medium": (10.75, 11.75), "large": (13.0, 14.0)}  # of one object
 _SIZES_OF_MANY = (8.2, 8.9)  # of several
 _FIRST, _SECOND = 6.25, 17.75  # rows and columns of the lattice that several stand on
 _CELLS = tuple((x, y) for y in (_FIRST, _SECOND) for x in (_FIRST, _SECOND))
+_JITTER_ALONE = 1.5  # how far off the middle a single object stands, along either axis
 _JITTER = 0.5  # how far off, along either axis: their boxes are a pixel apart
 
 
@@ -116,14 +116,13 @@ def arrange(
 ) -> list[tuple[float, float, float]]:
     """Centre x, y and width, in canvases, of n objects that do not touch.
 
-    One object has the named size and stands anywhere. Up to four stand about the centres of a
-    two-by-two lattice, two in a relation if one is given; those that are alike differ little in
-    width.
+    One object has the named size and stands about the middle. Up to four stand about the centres
+    of a two-by-two lattice, two in a relation if one is given; those that are alike differ little
+    in width.
     """
     if n == 1:
-        width = draw.uniform(*SIZES[size])
-        inset = _MARGIN + width / 2
-        places = [(*(draw.uniform(inset, CANVAS - inset) for _ in "xy"), width)]
+        x, y = (CANVAS / 2 + draw.uniform(-_JITTER_ALONE, _JITTER_ALONE) for _ in "xy")
+        places = [(x, y, draw.uniform(*SIZES[size]))]
     else:
         width = draw.uniform(*_SIZES_OF_MANY)
         spread = 0.03 if alike else 0.06

@@ -11,13 +11,15 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from t2i_jax.errors import UserError
+
 MAX_PIXELS = 1 << 26  # of an image, before and after resizing: 8192^2; more is refused undecoded
 
 _DAMAGE = (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, KeyError)
 _DAMAGE += (struct.error, zlib.error, OverflowError, Image.DecompressionBombError)
 
 
-class BadImage(ValueError):
+class BadImage(UserError, ValueError):
     """Bytes that are not a whole image of a reasonable size."""
 
 

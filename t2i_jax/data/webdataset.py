@@ -72,7 +72,8 @@ def expand(pattern: str) -> list[str]:
             f"No file matches {missing[0]!r} (and {len(missing) - 1} more; {len(shards)} shards "
             f"were found) of data.path {pattern!r}{where}. Expected are WebDataset shards, tar "
             "files as 'data/cc12m-train-{0000..2175}.tar', a glob, or several joined by '::'; "
-            "download them, or narrow the pattern to those that are there."
+            "download them, narrow the pattern to those that are there, or name others: "
+            "--config.data.path='DIR/*.tar'."
         )
     return sorted(shards)
 

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from t2i_jax.config import ConfigError
+from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.metrics import Progress
 
@@ -40,7 +40,8 @@ def run(name: str, pipeline: Pipeline, num_images: int, seed: int) -> Report:
 
 
 def write(path: epath.PathLike, report: Report) -> None:
-    """Writes a report as JSON."""
+    """Writes a report as JSON, making its folder."""
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(path).write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -69,8 +70,7 @@ def _scenes(pipeline: Pipeline, num_images: int, seed: int) -> Report:
     images = _draw(pipeline, [prompt.text for prompt in prompts], seed, "drawing prompts")
     result = scenes.score(images, prompts)
     null = _draw(pipeline, [""] * num_images, seed, "drawing the null prompt")
-    order = np.random.default_rng(seed).permutation(num_images)
-    shuffled = [prompts[i] for i in order]
+    shuffled = prompts[1:] + prompts[:1]  # each image with the prompt of another category
     return {
         "score": result["overall"],
         "interval": result["micro"]["interval"],

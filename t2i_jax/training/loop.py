@@ -7,18 +7,34 @@ from typing import Any, NamedTuple
 from etils import epath
 from flax.core import meta
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
 from t2i_jax import build, checkpoint, frozen, plan, sharding
-from t2i_jax.config import UserError
+from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.evaluation import pictures
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import optimizer, pretrain, state, step
 from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
 
+# What a run may change when it is started again in its working directory.
+_MAY_CHANGE = (
+    "name",
+    "weights.",
+    "data.path",
+    "data.num_threads",
+    "data.prefetch",
+    "train.steps",
+    "train.log_every",
+    "checkpoint.",
+    "validation.",
+    "sampling.",
+    "mesh.",
+)
 _TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 
 
@@ -51,13 +67,39 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     """
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
-    print(plan.describe(config, workdir, mesh), flush=True)
+    _say(plan.describe(config, workdir, mesh))
     train_source, validation_source = open_data(config)
+    claim(config, workdir)
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, config.checkpoint.keep) as saved:
         make_text_side(config, workdir, mesh, train_source)
         parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
         with parts.train_loader:
             return _run(parts, saved)
+
+
+def claim(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes a working directory that of `config`: <workdir>/config.json.
+
+    Raises ConfigError where it is another config's, but for keys that a resumed run may change.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        before, now = (configs.flat(c) for c in (configs.from_json(path.read_text()), config))
+        changed = [
+            f"{key} = {now.get(key)!r}, was {before.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run of another config: {'; '.join(changed)}. "
+                "Set these back, or give another --workdir."
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        new = workdir / "config.json.new"
+        new.write_text(configs.to_json(config))
+        new.replace(path)
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
@@ -83,12 +125,13 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         tokenizer = Tokenizer.train(captions, config.pretrain.vocab_size)
         if jax.process_index() == 0:
             tokenizer.save(path)
-        print(f"tokenizer: {tokenizer.vocab_size} tokens, trained on the captions", flush=True)
+        _say(f"tokenizer: {tokenizer.vocab_size} tokens, trained on the captions")
+    multihost_utils.sync_global_devices("tokenizer")
     if config.weights.llm or frozen.llm_path(workdir).exists():
         return
     tokenizer = Tokenizer.load(path)
     like = build.sharded(build.abstract_params(config)[1], mesh)["llm"]
-    params = init_part(config, mesh, state.Stream.LLM)["llm"]
+    params = init_part(config, mesh, state.Stream.LLM, ("llm",))["llm"]
     c = config.pretrain
     batches = loader.text_batches(
         source, tokenizer, config.data.max_text_tokens, c.batch_size, config.seed, c.steps
@@ -111,13 +154,13 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
     checkpoint.save_tree(frozen.llm_path(workdir), params)
 
 
-def init_part(config: ConfigDict, mesh, stream: state.Stream) -> Any:
-    """Freshly initialised parameters {'llm', 'dit'}, float32, created sharded."""
+def init_part(config: ConfigDict, mesh, stream: state.Stream, names) -> Any:
+    """Freshly initialised parts of the parameters, float32, created sharded; no other is made."""
     trained, fixed = build.abstract_params(config)
     like = {**build.sharded(trained, mesh), "llm": build.sharded(fixed["llm"], mesh)}
     key = jax.random.fold_in(jax.random.key(config.seed), stream)
     model, shape = build.model(config), build.latent_shape(config)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
+    shardings = jax.tree.map(lambda x: x.sharding, {name: like[name] for name in names})
 
     def init(key):
         params = meta.unbox(build.fusion.init(model, key, shape))
@@ -139,7 +182,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         like = checkpoint.abstract(whole, shardings)
         current = saved.restore(saved.steps()[-1], like)
     else:
-        params = {name: init_part(config, mesh, state.Stream.INIT)[name] for name in trained}
+        params = init_part(config, mesh, state.Stream.INIT, tuple(trained))
         create = jax.jit(lambda p: state.create(p, update), out_shardings=shardings)
         current = create(params)
     objective = step.Objective(model, autoencoder, **config.flow)
@@ -176,6 +219,8 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
     """Steps from the state's step to the last one; the step just dispatched is never waited for."""
     config, mesh, current = parts.config, parts.mesh, parts.state
     start, last = int(current.step), config.train.steps
+    if start:
+        _say(f"resumed at step {start} of {last}")
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
     watch = _Watch(parts, start)
@@ -193,6 +238,11 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
             saved.save(number, current, config)
     watch.close()
     return current
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def _due(number: int, every: int, last: int) -> bool:
@@ -222,14 +272,16 @@ class _Watch:
         number, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+        if not all(math.isfinite(value) for value in values.values()):
             self._finish()
             raise NonFiniteError(
-                f"Step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. "
+                f"Step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
+                f"update norm {values['update_norm']}. "
                 "Nothing of it was saved; the newest checkpoint is intact. Lower "
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
             )
-        if number % self._parts.config.train.log_every == 0:
+        config = self._parts.config.train
+        if number % config.log_every == 0 or number == config.steps:
             self._write(number, values)
         self._shown["loss"] = values["loss"]
         self._bar.update(number, **self._shown)
@@ -268,7 +320,8 @@ class _Watch:
         self._finish()
         if self._main:
             metrics = read_metrics(self._parts.workdir)
-            pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
+            if any("loss" in entry for entry in metrics):
+                pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
 
     def _finish(self) -> None:
         self._bar.close()
@@ -285,11 +338,6 @@ def _validation_batches(parts: Parts) -> Iterator[Any]:
     config = parts.config
     size = min(config.train.batch_size, len(parts.validation_source))
     size -= size % sharding.batch_shards(parts.mesh)
-    if size == 0:
-        raise SetupError(
-            f"data.validation_size = {len(parts.validation_source)} is less than one sample for "
-            f"each of the {sharding.batch_shards(parts.mesh)} batch shards; raise it."
-        )
     rows = size // jax.process_count()
     first = jax.process_index() * rows
     held_out = loader.Loader(

@@ -126,9 +126,9 @@ def make_train_step(
         averaged = update_ema(state.ema, params, step, **ema)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         return TrainState(step, params, averaged, opt_state), metrics

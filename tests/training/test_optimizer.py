@@ -128,10 +128,10 @@ def test_muon_orthogonalises_each_layers_matrix():
             matrix, grad = layer.reshape(rows, -1), np.float64(grad).reshape(rows, -1)
             scale = 0.01 * np.sqrt(max(1.0, matrix.shape[1] / matrix.shape[0]))
             values = np.linalg.svd(matrix / scale, compute_uv=False)
-            assert 0.5 < values.min() and values.max() < 1.35, (path, values)
+            assert values.min() > 0.5 and values.max() < 1.35, (path, values)
             u, _, vt = np.linalg.svd(grad, full_matrices=False)
             along = np.diag(u.T @ (matrix / scale) @ vt.T)  # the nearest orthogonal one is u vt
-            assert -1.35 < along.min() and along.max() < -0.5, path
+            assert along.min() > -1.35 and along.max() < -0.5, path
 
 
 def test_muon_decays_weights_with_the_rate_of_each_kind():

@@ -1,0 +1,198 @@
+"""The table of axes, meshes, and one training step that is the same on every mesh."""
+
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from configs import base
+from t2i_jax import build, sharding
+from t2i_jax.training import optimizer, state
+from tests import tiny
+
+MESHES = [(1, 8, 1), (8, 1, 1), (2, 2, 2)]  # data, fsdp, tensor
+
+
+def mesh_of(sizes):
+    return sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+def test_the_table():
+    assert sharding.to_spec(("batch", "image", None)) == P(("data", "fsdp"), None, None)
+    assert sharding.to_spec(("layers", "embed", "heads", "head")) == P(None, "fsdp", "tensor", None)
+    assert sharding.to_spec(("embed", "kv_heads", "head")) == P("fsdp", None, None)
+    assert sharding.to_spec(("mlp", "embed")) == P("tensor", "fsdp")
+    assert sharding.to_spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert sharding.to_spec(("norm",)) == P(None)
+
+
+def test_unknown_names_and_collisions_are_refused():
+    with pytest.raises(ValueError, match=r"\['haeds'\] in \('embed', 'haeds'\); known: .*'heads'"):
+        sharding.to_spec(("embed", "haeds"))
+    for axes in (("mlp", "heads"), ("batch", "embed"), ("embed", "embed")):
+        with pytest.raises(ValueError, match="claim a mesh axis twice"):
+            sharding.to_spec(axes)
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((8, 1, 1), (8, 1, 1)),
+    ],
+)
+def test_meshes(sizes, shape):
+    mesh = sharding.make_mesh(*sizes)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert sharding.batch_shards(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((3, -1, 1), r"\(3, -1, 1\) does not fit 8 devices; .*mesh\.fsdp=-1"),
+        ((2, 2, 1), r"\(2, 2, 1\) does not fit 8 devices"),
+        ((-1, -1, 1), "at most one is -1"),
+        ((0, 8, 1), "sizes are positive"),
+        ((1, -2, 1), "sizes are positive"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+def test_constrain_needs_a_name_for_each_axis():
+    with pytest.raises(ValueError, match="2 axis names"):
+        sharding.constrain(jnp.zeros((2, 2, 2)), "batch", "image")
+    x = jnp.zeros((8, 4))
+    assert sharding.constrain(x, "batch", None) is x  # outside of a mesh
+    mesh = mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
+        with pytest.raises(ValueError, match="Unknown logical axes"):
+            sharding.constrain(x, "rows", None)
+    assert y.addressable_shards[0].data.shape == (2, 4)
+
+
+@pytest.mark.parametrize("config", [base.get_config(), tiny.config()], ids=["base", "tiny"])
+def test_every_parameter_has_axes_and_every_matrix_is_sharded(config):
+    """Over 8 devices all that is large is split: less than a quarter of the bytes on each."""
+    trained, frozen = build.abstract_params(config)
+    mesh = sharding.make_mesh()
+    for boxed in (trained, frozen["llm"]):
+        shardings = sharding.param_shardings(boxed, mesh)
+        for path, where in flatten_dict(shardings, sep="/").items():
+            name = path.split("/")
+            assert ("fsdp" in where.spec) == ("weight" in name and "norm" not in path), path
+        whole = meta.unbox(boxed)
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+        held = sharding.bytes_per_device(whole, shardings)
+        assert total / 8 <= held < total / 4
+    with pytest.raises(ValueError, match=r"Parameter \['a'\] has no logical axes"):
+        sharding.param_shardings({"a": jnp.zeros(3)}, mesh)
+
+
+def test_what_a_mesh_axis_does_not_divide_stays_whole():
+    mesh, box = (
+        sharding.make_mesh(1, 4, 2),
+        lambda *s: sharding.Named(np.zeros(s), ("embed", "mlp")),
+    )
+    tree = {"both": box(8, 6), "embed": box(8, 5), "mlp": box(6, 6), "none": box(7, 7)}
+    specs = {name: x.spec for name, x in sharding.param_shardings(tree, mesh).items()}
+    assert specs == {
+        "both": P("fsdp", "tensor"),
+        "embed": P("fsdp", None),
+        "mlp": P(None, "tensor"),
+        "none": P(None, None),
+    }
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_the_optimisers_state_lives_where_its_parameters_do(name):
+    """Adam's two moments of a parameter, or Muon's one of a matrix, are sharded as it is."""
+    config, mesh = tiny.config(optimizer__name=name), mesh_of((2, 2, 2))
+    boxed, _ = build.abstract_params(config)
+    trained = build.sharded(boxed, mesh)
+    update, _ = optimizer.make(config.optimizer, 10, boxed)
+    whole = jax.eval_shape(lambda p: state.create(p, update), trained)
+    places = state.shardings(whole, trained, mesh)
+    assert places.params == places.ema == jax.tree.map(lambda x: x.sharding, trained)
+    params = flatten_dict(trained, sep="/")
+    moments = dict.fromkeys(params, 0)
+    for path, leaf in jax.tree.leaves_with_path(whole.opt_state):
+        keys = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+        where = at(places.opt_state, path)
+        if "dit/" in keys and leaf.ndim:
+            keys = keys[keys.index("dit/") :]
+            assert where == params[keys].sharding, path
+            moments[keys] += 1
+        else:
+            assert where.spec == P()
+    muon = optimizer.matrix_dimensions(boxed)["dit"]
+    matrices = {f"dit/{p}" for p, d in flatten_dict(muon, sep="/").items() if d is not None}
+    for path, count in moments.items():
+        assert count == (1 if name == "muon" and path in matrices else 2), path
+
+
+def at(tree, path):
+    for key in path:
+        name = getattr(key, "name", None)
+        tree = getattr(tree, name) if name else tree[getattr(key, "key", getattr(key, "idx", None))]
+    return tree
+
+
+def step_on(sizes):
+    """A step as the loop runs it, on a mesh: (new state, metrics)."""
+    run, mesh = tiny.run(train__accumulation=2), mesh_of(sizes)
+    trained = build.sharded(run.boxed, mesh)
+    places = state.shardings(run.state, trained, mesh)
+    llm = build.sharded(build.abstract_params(run.config)[1], mesh)["llm"]
+    frozen = {"llm": jax.device_put(run.frozen["llm"], jax.tree.map(lambda x: x.sharding, llm))}
+    with jax.set_mesh(mesh):
+        function = jax.jit(run.train_step(), donate_argnums=0, out_shardings=(places, None))
+        return function(
+            jax.device_put(run.state, places),
+            frozen,
+            sharding.shard_batch(run.batch, mesh),
+            jax.random.key(1),
+        )
+
+
+@pytest.fixture(scope="module")
+def on_one():
+    return step_on((1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_step_is_the_same_on_every_mesh(on_one, sizes):
+    one, one_metrics = on_one
+    many, metrics = step_on(sizes)
+    for name in ("loss", "grad_norm", "update_norm", "param_norm"):
+        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5, err_msg=name)
+    tiny.close(many.params, one.params)
+    tiny.close(many.opt_state, one.opt_state, 1e-4)
+    weight = many.params["dit"]["blocks"]["mlp"]["gate"]["weight"]
+    _, fsdp, tensor = sizes
+    assert weight.addressable_shards[0].data.shape == (2, 24 // fsdp, 32 // tensor)
+    assert len(weight.addressable_shards) == 8
+    heads = many.ema["dit"]["blocks"]["attention"]["q"]["weight"]
+    assert heads.addressable_shards[0].data.shape == (2, 24 // fsdp, 4 // tensor, 8)
+
+
+def test_batches_go_to_the_devices_in_order():
+    rows = np.arange(16).reshape(16, 1)
+    array = sharding.shard_batch({"x": rows}, mesh_of((2, 2, 2)))["x"]
+    np.testing.assert_array_equal(array, rows)
+    parts = {tuple(shard.data[:, 0].tolist()) for shard in array.addressable_shards}
+    assert parts == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)}
