@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     )
     config.ema.update(decay=0.995, every=1, warmup=True)
     config.train.update(
-        steps=2500, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
+        steps=3000, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
     )
     config.checkpoint.update(every=500, keep=2)
     config.validation.update(every=500)

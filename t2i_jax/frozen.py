@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, checkpoint
+from t2i_jax import build, checkpoint, sharding
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.interop import huggingface
@@ -57,8 +57,7 @@ def load(
     Raises FileNotFoundError or ValueError that names the file.
     """
     _, boxed = build.abstract_params(config)
-    like = build.sharded(boxed, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
+    like = build.sharded(boxed["llm"], mesh)
     dtype = jnp.dtype(config.train.frozen_dtype)
     path = tokenizer_path(config, workdir)
     tokenizer = Tokenizer.load(path)
@@ -69,9 +68,10 @@ def load(
         )
     if config.weights.llm:
         with _users_files():
-            llm = huggingface.load_gemma(config.weights.llm, config.llm, shardings["llm"], dtype)
+            places = jax.tree.map(lambda x: x.sharding, like)
+            llm = huggingface.load_gemma(config.weights.llm, config.llm, places, dtype)
     else:
-        llm = checkpoint.load_tree(llm_path(workdir), like["llm"])
+        llm = checkpoint.load_tree(llm_path(workdir), like)
     if config.autoencoder.kind == "identity":
         return tokenizer, build.make_autoencoder(config), {"llm": llm, "autoencoder": {}}
     with _users_files():
@@ -79,7 +79,7 @@ def load(
             config.weights.autoencoder,
             dtype,
             config=config.autoencoder,
-            shardings=shardings["autoencoder"],
+            shardings=sharding.replicated(mesh),  # its architecture is in its files
         )
     net = net.clone(dtype=jnp.dtype(config.train.dtype))
     return tokenizer, build.make_autoencoder(config, net), {"llm": llm, "autoencoder": params}

@@ -11,3 +11,16 @@ if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # unkn
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The working directory of a finished run of `tiny.config`, which no test may change."""
+    from t2i_jax.training import loop
+    from tests import tiny
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    loop.train(tiny.config(**tiny.WATCHED), workdir)
+    return workdir

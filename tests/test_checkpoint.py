@@ -106,18 +106,16 @@ def test_steps_that_reuse_the_memory_do_not_reach_what_is_being_saved(tmp_path):
         current = on_devices(host, sizes)
         with checkpoint.Checkpoints(tmp_path / str(sizes), keep=1) as saved:
             saved.save(1, current, tiny.config())
-            pointer = current.params["matrix"].addressable_shards[0].data.unsafe_buffer_pointer()
             for _ in range(5):
                 current = jax.block_until_ready(step(current))
         with checkpoint.Checkpoints(tmp_path / str(sizes)) as saved:
             tiny.equal(saved.restore(1, like(host, sizes)), host)
         assert not np.array_equal(current.params["vector"], host.params["vector"])
-        del pointer
 
 
 def test_another_format_is_refused(workdir, tmp_path):
     shutil.copytree(workdir / "checkpoints" / "9", tmp_path / "checkpoints" / "9")
-    (file,) = (f for f in (tmp_path / "checkpoints" / "9" / "meta").iterdir() if f.is_file())
+    file = tmp_path / "checkpoints" / "9" / "meta" / "metadata"
     meta = json.loads(file.read_text())
     assert meta["format_version"] == checkpoint.FORMAT_VERSION and meta["step"] == 9
     for version in (99, None):

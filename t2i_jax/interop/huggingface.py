@@ -154,7 +154,8 @@ def load_autoencoder(
       path: the directory with config.json, or one whose folder vae/ is that.
       dtype: of the parameters, and of the computation (`net.clone(dtype=...)` changes the latter).
       config: the config's section `autoencoder`, checked against config.json where given.
-      shardings: a tree like the parameters of where each goes; default: the first device.
+      shardings: a tree like the parameters of where each goes, or one for all; default: the first
+        device.
 
     Raises FileNotFoundError where weights are missing, and ValueError where config.json describes
     another network, or disagrees with `config`, or the tensors with it.

@@ -90,7 +90,7 @@ def load(
       tensors: by their names.
       shapes: of our parameters, by their paths ('blocks/mlp/up/weight').
       rules: one for every path.
-      shardings: a tree like the result, or None: the first device.
+      shardings: a tree like the result, one for all, or None: the first device.
       dtype: of the result.
       unused: names that may be among the tensors and are not read.
 
@@ -103,7 +103,10 @@ def load(
         for name in _names(rules[ours], shape)
     }
     _check(source, tensors, expected, unused)
-    places = flatten_dict(shardings, sep="/") if shardings is not None else {}
+    if isinstance(shardings, jax.sharding.Sharding):
+        places = dict.fromkeys(shapes, shardings)
+    else:
+        places = flatten_dict(shardings, sep="/") if shardings is not None else {}
     if places and places.keys() != shapes.keys():
         raise ValueError(f"Shardings of {sorted(places)} for parameters {sorted(shapes)}.")
     params = {}

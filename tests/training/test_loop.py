@@ -1,0 +1,124 @@
+"""The loop: what a run writes, how it goes on, and when it refuses to."""
+
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from t2i_jax import checkpoint
+from t2i_jax.data import loader, sources
+from t2i_jax.errors import ConfigError
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training import loop, state, step
+from t2i_jax.training.metrics import read_metrics
+from tests import tiny
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {
+        *("checkpoints", "config.json", "llm", "loss.png", "metrics.jsonl"),
+        *("samples", "tensorboard", "tokenizer"),
+    }
+    assert checkpoint.find(trained)[1] == 4
+    assert [p.name for p in (trained / "samples").iterdir()] == ["step_0000004.png"]
+    assert Image.open(trained / "samples" / "step_0000004.png").width > 3 * 16
+    entries = read_metrics(trained)
+    kinds = [(e["step"], "loss" if "loss" in e else "validation_loss") for e in entries]
+    expected = [(1, "loss"), (2, "loss"), (2, "validation_loss"), (3, "loss"), (4, "loss")]
+    assert kinds == [*expected, (4, "validation_loss")]
+    assert all(math.isfinite(value) for entry in entries for value in entry.values())
+
+
+def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
+    entry = read_metrics(trained)[-1]
+    config = tiny.config(**tiny.WATCHED)
+    by_time = [entry[f"validation_loss_t{t:g}"] for t in config.validation.timesteps]
+    assert entry["validation_loss"] == pytest.approx(np.mean(by_time))
+    pipeline = Pipeline.load(trained)
+    objective = step.Objective(pipeline.model, pipeline.autoencoder, **config.flow)
+    source = sources.make_source(config, "validation")
+    held_out = loader.Loader(source, pipeline.tokenizer, config.data, 16, config.seed)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
+
+    @jax.jit
+    def losses(params, frozen, batch):
+        inputs = objective.prepare(frozen, batch, jax.random.fold_in(key, 0))
+        times = [jnp.full(16, t) for t in config.validation.timesteps]
+        return [objective.loss_B(params, {**inputs, "t": t}).mean() for t in times]
+
+    batch = held_out.fixed_batch(range(16))
+    host = jax.tree.map(np.asarray, (pipeline.params, pipeline.frozen))
+    np.testing.assert_allclose(losses(*host, batch), by_time, rtol=1e-4)
+
+
+def test_a_finished_run_has_nothing_to_do(trained):
+    before = (trained / "metrics.jsonl").read_text()
+    final = loop.train(tiny.config(**tiny.WATCHED), trained)
+    assert final.step == 4
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def poisoned(number):
+    """`make_train_step`, but everything that comes out of step `number` is not a number."""
+    make = step.make_train_step
+
+    def make_poisoned(*args, **options):
+        inner = make(*args, **options)
+
+        def function(current, *inputs):
+            bad = current.step == number - 1
+            after, metrics = inner(current, *inputs)
+            spoil = lambda x: jnp.where(bad, jnp.nan, x)  # noqa: E731
+            params = jax.tree.map(spoil, after.params)
+            return after.replace(params=params), jax.tree.map(spoil, metrics)
+
+        return function
+
+    return make_poisoned
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(trained, tmp_path, monkeypatch, capsys):
+    """Resumed at step 4 for six more; step 6, when a checkpoint is due, is not a number."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(step, "make_train_step", poisoned(6))
+    config = tiny.config(**tiny.WATCHED, train__steps=10)
+    with pytest.raises(loop.NonFiniteError, match=r"Step 6: loss nan, gradient norm nan") as error:
+        loop.train(config, workdir)
+    assert "optimizer.learning_rate" in str(error.value)
+    assert "resumed at step 4 of 10" in capsys.readouterr().out
+    with checkpoint.Checkpoints(workdir) as saved:
+        assert saved.steps() == [2, 4]
+    steps = [entry["step"] for entry in read_metrics(workdir) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_another_config_is_refused(trained):
+    config = tiny.config(**tiny.WATCHED, optimizer__b1=0.8, dit__width=32, train__steps=9)
+    with pytest.raises(ConfigError, match="holds a run of another config") as error:
+        loop.train(config, trained)
+    assert "optimizer.b1 = 0.8, was 0.9" in str(error.value)
+    assert "dit.width = 32, was 24" in str(error.value)
+    assert "train.steps" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train__batch_size": 12}, r"train\.batch_size = 12 does not divide over 8 shards"),
+        ({"train__accumulation": 4}, r"over 8 shards .* in 4 microbatch"),
+        (
+            {"validation__every": 1, "data__validation_size": 7},
+            r"data\.validation_size = 7 is less than",
+        ),
+        ({"mesh__fsdp": 3}, r"\(1, 3, 1\) does not fit 8 devices"),
+    ],
+)
+def test_what_does_not_divide_is_said_before_anything_is_made(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        loop.train(tiny.config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
