@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     """A smaller model for a smaller world."""
     config = scenes.get_config().unlock()
     config.name = "digits"
+    config.dit.update(patch_size=4)
     config.data.update(source="digits", image_size=16, validation_size=297)
     config.sampling.update(
         prompts=tuple(

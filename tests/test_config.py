@@ -338,7 +338,7 @@ def test_overrides_reach_the_config(parse, small):
 SCRIPT = """
 from ml_collections.config_flags import config_flags
 from t2i_jax import cli
-from t2i_jax.config import ConfigError, UserError
+from t2i_jax.errors import ConfigError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config")
 

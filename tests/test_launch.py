@@ -1,0 +1,111 @@
+"""launch/: real processes, in an empty directory, with nothing of this project on their path."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from PIL import Image
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS, LAUNCH = ROOT / "configs", ROOT / "launch"
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """Starts a script in an empty directory; returns what waits for (status, out, err, dir)."""
+    started = []
+
+    def start(script, *flags):
+        directory = tmp_path_factory.mktemp("cwd")
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        process = subprocess.Popen(
+            [sys.executable, LAUNCH / script, *flags],
+            cwd=directory,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+
+        def wait():
+            out, err = process.communicate(timeout=200)
+            return process.returncode, out, err, directory
+
+        return wait
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(launch, trained):
+    """All processes of this module, two at a time."""
+    scenes = f"--config={CONFIGS / 'scenes.py'}"
+    mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
+    drawn = ("--prompt=a red circle", "--num_images=2", "--steps=2", "--out=new/grid.png")
+    flags = {
+        "dry": ("train.py", scenes, "--dry_run", *mesh, "--config.seed=7"),
+        "flagship": ("train.py", f"--config={CONFIGS / 'fusion_2b.py'}"),
+        "unknown": ("train.py", scenes, "--config.optimiser.b1=0.5"),
+        "sample": ("sample.py", f"--checkpoint={trained}", *drawn),
+        "nothing": ("sample.py", "--checkpoint=nowhere"),
+    }
+    names, done = list(flags), {}
+    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+        waits = {name: launch(*flags[name]) for name in pair}
+        done |= {name: wait() for name, wait in waits.items()}
+    for _, out, err, _ in done.values():
+        assert "Traceback" not in out + err, err
+    return done
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(runs):
+    status, out, _, directory = runs["dry"]
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["run"].endswith("scenes, seed 7, in runs/scenes")
+    assert "24 px -> latents 24 x 24 x 3" in lines["images"]
+    assert lines["mesh"].endswith("8 cpu: data 4 x fsdp 2 x tensor 1")
+    assert "= 8 shards x" in lines["batch"] and "muon" in lines["steps"]
+    assert list(directory.iterdir()) == []
+
+
+def test_the_flagship_names_every_missing_file_and_how_to_get_it(runs):
+    status, out, err, directory = runs["flagship"]
+    assert status == 1
+    assert "2,448,479,296 parameters: DiT 18 x 2048" in out
+    assert "2,506,172,416 LLM 18 x 2048" in out
+    llm, tokenizer, autoencoder, data = err[err.index("No llm") :].strip().split("\n\n")
+    assert "weights/gemma-2b" in llm
+    assert "hf download google/gemma-2b --local-dir weights/gemma-2b" in llm
+    assert "tokenizer.json" in tokenizer and "hf download google/gemma-2b" in tokenizer
+    assert "weights/sd3-vae" in autoencoder
+    assert "hf download stabilityai/stable-diffusion-3-medium-diffusers" in autoencoder
+    assert "data/cc12m-recaptioned/cc12m-train-0000.tar" in data and "--config.data.path" in data
+    assert str(directory) in data
+    assert list(directory.iterdir()) == []
+
+
+def test_a_key_that_is_not_there_has_a_suggestion(runs):
+    status, _, err, _ = runs["unknown"]
+    assert status == 2
+    assert "has no key optimiser.b1" in err
+    assert "Did you mean --config.optimizer.b1?" in err
+
+
+def test_sampling_draws_a_grid(runs):
+    status, out, err, directory = runs["sample"]
+    assert status == 0, err
+    assert "2 images in new/grid.png" in out
+    with Image.open(directory / "new" / "grid.png") as grid:
+        assert grid.width >= 16 and grid.height >= 2 * 16
+
+
+def test_sampling_from_nothing_says_what_to_do(runs):
+    status, _, err, _ = runs["nothing"]
+    assert status == 1
+    assert "No checkpoint at nowhere" in err and "launch/train.py" in err
