@@ -30,7 +30,7 @@ class Checkpoints:
     """The checkpoints of a run, newest kept."""
 
     def __init__(self, workdir: epath.PathLike, keep: int | None = None):
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=keep is not None, enable_async_checkpointing=keep is not None
         )

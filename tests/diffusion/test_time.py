@@ -49,6 +49,16 @@ def test_training_times_are_logit_normal(mean, std, shift):
     assert stats.kstest(u, cumulative).pvalue > 0.01
 
 
+def test_each_level_is_drawn_as_often_as_its_cell_says():
+    """Index i of four is a u between i / 4 and (i + 1) / 4; u = 1/2 is the median."""
+    draws = time.sample_times(
+        jax.random.key(8), 40_000, num_timesteps=4, shift=1.0, mean=0.3, std=1.0
+    )
+    edges = stats.norm.cdf(np.array([-np.inf, np.log(1 / 3), 0.0, np.log(3), np.inf]) - 0.3)
+    often = [(np.asarray(draws) == level).mean() for level in (1.0, 0.75, 0.5, 0.25)]
+    np.testing.assert_allclose(often, np.diff(edges), atol=0.01)
+
+
 def test_draws_depend_on_the_key_alone():
     arguments = {"num_timesteps": 100, "shift": 1.0, "mean": 0.0, "std": 1.0}
     one, again, other = (time.sample_times(jax.random.key(k), 64, **arguments) for k in (1, 1, 2))

@@ -86,7 +86,8 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(trained, tmp_path, mo
     """Resumed at step 4 for six more; step 6, when a checkpoint is due, is not a number."""
     workdir = shutil.copytree(trained, tmp_path / "run")
     monkeypatch.setattr(step, "make_train_step", poisoned(6))
-    config = tiny.config(**tiny.WATCHED, train__steps=10)
+    unwatched = {"train__steps": 10, "validation__every": 0, "sampling__every": 0}
+    config = tiny.config(**tiny.WATCHED | unwatched)
     with pytest.raises(loop.NonFiniteError, match=r"Step 6: loss nan, gradient norm nan") as error:
         loop.train(config, workdir)
     assert "optimizer.learning_rate" in str(error.value)
