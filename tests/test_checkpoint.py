@@ -113,6 +113,17 @@ def test_steps_that_reuse_the_memory_do_not_reach_what_is_being_saved(tmp_path):
         assert not np.array_equal(current.params["vector"], host.params["vector"])
 
 
+def test_a_relative_working_directory_is_saved_to_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    host = host_state()
+    with checkpoint.Checkpoints("runs/here", keep=1) as saved:
+        saved.save(3, on_devices(host), tiny.config())
+    assert checkpoint.find("runs/here")[1] == 3
+    with checkpoint.Checkpoints("runs/here") as saved:
+        restored = saved.restore(3, like(host, (1, 8, 1)))
+    np.testing.assert_array_equal(restored.params["matrix"], host.params["matrix"])
+
+
 def test_another_format_is_refused(workdir, tmp_path):
     shutil.copytree(workdir / "checkpoints" / "9", tmp_path / "checkpoints" / "9")
     file = tmp_path / "checkpoints" / "9" / "meta" / "metadata"
