@@ -49,7 +49,9 @@ def get_config() -> ConfigDict:
     config.dit.num_layers = 18  # the last num_layers layers of the LLM are shared
     config.dit.mlp_width = 16_384  # F; the published models take the LLM's
     config.dit.patch_size = 2  # P, in latent pixels
-    config.dit.positions = "2d-rope"  # '1d-rope' | '2d-rope' | 'm-rope' of image tokens
+    config.dit.positions = "2d-rope"  # '1d-rope' | '2d-rope' | 'm-rope' | 'none', of image tokens
+    config.dit.table_size = 0  # side, in patches, of a table of absolute positions; 0 = no table
+    config.dit.table_range = 16.0  # over which rows and columns of the table run
     config.dit.conditioning = "adaln-zero"  # 'adaln-zero' | 'none': how the timestep enters
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
@@ -93,6 +95,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # 'adamw' | 'muon' (matrices by Muon, the rest by AdamW)
     config.optimizer.learning_rate = 1e-4  # AdamW's
     config.optimizer.muon_learning_rate = 0.02  # Muon's, on the matrices
+    config.optimizer.muon_steps = 5  # Newton-Schulz iterations of an update
     config.optimizer.weight_decay = 1e-4  # decoupled, on every trained parameter, as published
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999

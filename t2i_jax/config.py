@@ -51,6 +51,7 @@ RANGES: dict[str, _Range] = {
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "pretrain.steps": _OR_ZERO,
     "pretrain.vocab_size": _OR_ZERO,
+    "dit.table_size": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
     "flow.time_mean": (lambda x: True, "finite"),
     "data.caption_dropout": _RATE,
@@ -248,6 +249,14 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
             f"data.image_size = {data.image_size} is not divisible by autoencoder.downsample * "
             f"dit.patch_size = {cell}"
         )
+    side = data.image_size // cell if cell > 0 else 0
+    if 0 < config.dit.table_size < side:
+        yield (
+            f"dit.table_size = {config.dit.table_size} is less than the {side} patches that "
+            f"data.image_size = {data.image_size} has along a side"
+        )
+    if config.dit.table_size and config.dit.width % 4:
+        yield f"dit.width = {config.dit.width} is not divisible by 4, as dit.table_size > 0 needs"
     if data.source == "webdataset":
         for key in ("path", "image_field", "caption_field"):
             if not data[key]:

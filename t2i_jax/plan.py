@@ -33,9 +33,10 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     grid = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = jax.devices()[0].device_kind
     source = c.data.path or "built in"
+    positions = c.dit.positions + (" and a table" if c.dit.table_size else "")
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
-        ("model", f"deep fusion, joint attention; {c.dit.positions}, {c.dit.conditioning}"),
+        ("model", f"deep fusion, joint attention; {positions}, {c.dit.conditioning}"),
         ("trained", f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"),
         (
             "frozen",

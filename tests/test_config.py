@@ -85,6 +85,8 @@ CONTRADICTIONS = {
     "llm.num_heads = 6 is not divisible by llm.num_kv_heads = 4": {"llm__num_heads": 6},
     "llm.head_width = 30 is not divisible by 4": {"llm__head_width": 30},
     "dit.num_layers = 7 is more than llm.num_layers = 6": {"dit__num_layers": 7},
+    "dit.table_size = 5 is less than the 6 patches": {"dit__table_size": 5},
+    "dit.width = 130 is not divisible by 4": {"dit__table_size": 8, "dit__width": 130},
     "data.image_size = 26 is not divisible by autoencoder.downsample * dit.patch_size = 4": {
         "data__image_size": 26
     },

@@ -30,11 +30,11 @@ TINY = {
     "data": {
         "image_size": 24,
         "max_text_tokens": 24,
-        "validation_size": 32,
+        "validation_size": 16,
         "caption_dropout": 0.2,
     },
     "optimizer": {"warmup_steps": 3},
-    "train": {"steps": STEPS, "batch_size": 16, "log_every": 1},
+    "train": {"steps": STEPS, "batch_size": 8, "log_every": 1},
     "checkpoint": {"every": EVERY, "keep": 2},
     "validation": {"every": VALIDATE},
     "sampling": {"every": 0},
@@ -115,7 +115,7 @@ def runs(tmp_path_factory):
     """(working directory left alone, working directory of the killed run, steps it resumed at)"""
     parent = tmp_path_factory.mktemp("runs")
     alone, resumed = Training(parent / "alone"), []
-    for condition in (pretraining, past(11, "7"), saving, past(33, "28"), None):
+    for condition in (pretraining, past(11, "7"), saving, past(30, "28"), None):
         training = Training(parent / "killed")
         if condition is None:
             training.finish()
@@ -144,7 +144,8 @@ def test_the_metrics_are_the_same(runs):
     validations = [entry["step"] for entry in entries if "validation_loss" in entry]
     assert validations == list(range(VALIDATE, STEPS + 1, VALIDATE))
     assert len(entries) == len(losses) + len(validations)
-    assert losses[-1]["loss"] < losses[0]["loss"]
+    values = [entry["loss"] for entry in losses]
+    assert sum(values[-10:]) < sum(values[:10])  # it learned something meanwhile
 
 
 def last_state(workdir):

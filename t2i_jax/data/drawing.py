@@ -29,11 +29,14 @@ INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 # Layouts are made in pixels of a 24-pixel canvas, and returned in fractions of it.
 CANVAS = 24.0
 SIZES = {"small": (8.5, 9.5), "medium": (10.75, 11.75), "large": (13.0, 14.0)}  # of one object
-_SIZES_OF_MANY = (8.2, 8.9)  # of several
-_FIRST, _SECOND = 6.25, 17.75  # rows and columns of the lattice that several stand on
+_SIZES_OF_TWO = (9.2, 9.9)
+_SIZES_OF_MANY = (8.2, 8.9)  # of three and four
+_FIRST, _MIDDLE, _SECOND = 6.25, 12.0, 17.75  # rows and columns that objects stand on
 _CELLS = tuple((x, y) for y in (_FIRST, _SECOND) for x in (_FIRST, _SECOND))
-_JITTER_ALONE = 1.5  # how far off the middle a single object stands, along either axis
-_JITTER = 0.5  # how far off, along either axis: their boxes are a pixel apart
+# How far off these they stand, along x or y: boxes of several are over half a pixel apart.
+_JITTER_ALONE = 1.5
+_JITTER_BETWEEN, _JITTER_ACROSS = 0.3, 1.0  # of two: towards each other, and across
+_JITTER = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,19 +95,28 @@ def relation_of(first: Object, second: Object) -> str:
     return "above" if dy < 0 else "below"
 
 
-def _scatter(draw: Draws, n: int) -> list[tuple[float, float]]:
-    """Centres of n of the four cells, in random order."""
-    cells, centres = list(_CELLS), []
+def _one(draw: Draws, size: str) -> list[tuple[float, float, float]]:
+    x, y = (_MIDDLE + draw.uniform(-_JITTER_ALONE, _JITTER_ALONE) for _ in "xy")
+    return [(x, y, draw.uniform(*SIZES[size]))]
+
+
+def _two(draw: Draws, relation: str, spread: float) -> list[tuple[float, float, float]]:
+    width, places = draw.uniform(*_SIZES_OF_TWO), []
+    ends = (_FIRST, _SECOND) if relation in ("above", "left") else (_SECOND, _FIRST)
+    for end in ends:
+        along = end + draw.uniform(-_JITTER_BETWEEN, _JITTER_BETWEEN)
+        across = _MIDDLE + draw.uniform(-_JITTER_ACROSS, _JITTER_ACROSS)
+        x, y = (across, along) if relation in ("above", "below") else (along, across)
+        places.append((x, y, width * draw.uniform(1 - spread, 1 + spread)))
+    return places
+
+
+def _many(draw: Draws, n: int, spread: float) -> list[tuple[float, float, float]]:
+    cells, width, places = list(_CELLS), draw.uniform(*_SIZES_OF_MANY), []
     for _ in range(n):
-        centres.append(cells.pop(int(draw() * len(cells))))
-    return centres
-
-
-def _relate(draw: Draws, relation: str) -> list[tuple[float, float]]:
-    """Centres of two cells of one row or column, the first in that relation to the second."""
-    low, high, side = _FIRST, _SECOND, draw.choose((_FIRST, _SECOND))
-    ends = (low, high) if relation in ("above", "left") else (high, low)
-    return [(side, end) if relation in ("above", "below") else (end, side) for end in ends]
+        x, y = (c + draw.uniform(-_JITTER, _JITTER) for c in cells.pop(int(draw() * len(cells))))
+        places.append((x, y, width * draw.uniform(1 - spread, 1 + spread)))
+    return places
 
 
 def arrange(
@@ -116,25 +128,17 @@ def arrange(
 ) -> list[tuple[float, float, float]]:
     """Centre x, y and width, in canvases, of n objects that do not touch.
 
-    One object has the named size and stands about the middle. Up to four stand about the centres
-    of a two-by-two lattice, two in a relation if one is given; those that are alike differ little
-    in width.
+    One object has the named size and stands about the middle. Two stand side by side or one above
+    the other, in the relation if it is given; three and four about the centres of a two-by-two
+    lattice. Those that are alike differ less in width.
     """
+    spread = 0.015 if alike else 0.03
     if n == 1:
-        x, y = (CANVAS / 2 + draw.uniform(-_JITTER_ALONE, _JITTER_ALONE) for _ in "xy")
-        places = [(x, y, draw.uniform(*SIZES[size]))]
+        places = _one(draw, size)
+    elif n == 2:
+        places = _two(draw, relation or draw.choose(RELATIONS), spread)
     else:
-        width = draw.uniform(*_SIZES_OF_MANY)
-        spread = 0.03 if alike else 0.06
-        centres = _relate(draw, relation) if relation else _scatter(draw, n)
-        places = [
-            (
-                x + draw.uniform(-_JITTER, _JITTER),
-                y + draw.uniform(-_JITTER, _JITTER),
-                width * draw.uniform(1 - spread, 1 + spread),
-            )
-            for x, y in centres
-        ]
+        places = _many(draw, n, spread)
     return [tuple(length / CANVAS for length in place) for place in places]
 
 

@@ -33,6 +33,8 @@ KINDS = {
     "color_attribution": "attribution",
 }
 CATEGORIES = tuple(KINDS)
+# How often each is shown in training: what binds two things takes the most learning.
+WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 2.0, "color_attribution": 2.0}
 COLORS = tuple(drawing.COLORS)
 BACKGROUNDS = tuple(drawing.BACKGROUNDS)
 COUNTS = (2, 3, 4)
@@ -76,7 +78,7 @@ def _core_keys(core: _Core) -> set[tuple]:
     elif first == last:
         found.add(("count", len(core.things), *first))
     else:
-        found.add(("shapes", frozenset((first[1], last[1]))))
+        found.add(("shapes", frozenset((first[1], last[1])), core.background))
         if first[0] != last[0]:
             found.add(("attribution", frozenset((first, last))))
         if core.relation and first < last:
@@ -90,9 +92,9 @@ def keys(scene: Scene) -> set[tuple]:
     """The combinations that a scene shows, read from its objects and not from its caption.
 
     ('pair', colour, shape), ('setting', shape, size, background), ('count', n, colour, shape),
-    ('shapes', {shape, shape}), ('attribution', {thing, thing}) and ('relation', thing, relation,
-    thing), where a thing is (colour, shape). A relation is told from the thing that sorts first, so
-    that "A above B" and "B below A" are one key.
+    ('shapes', {shape, shape}, background), ('attribution', {thing, thing}) and ('relation', thing,
+    relation, thing), where a thing is (colour, shape). A relation is told from the thing that sorts
+    first, so that "A above B" and "B below A" are one key.
     """
     things = tuple((item.color, item.shape) for item in scene.objects)
     relation = drawing.relation_of(*scene.objects) if len(things) == 2 else None
@@ -112,11 +114,13 @@ def _cores(category: str) -> list[_Core]:
     if category == "counting":
         return [_Core((thing,) * n) for thing, n in itertools.product(things, COUNTS)]
     pairs = [pair for pair in itertools.product(things, things) if pair[0][1] != pair[1][1]]
-    if category == "position":
-        return [_Core(pair, relation) for pair, relation in itertools.product(pairs, RELATIONS)]
     if category == "color_attribution":
         pairs = [pair for pair in pairs if pair[0][0] != pair[1][0]]
-    return [_Core(pair) for pair in pairs]
+    relations = RELATIONS if category == "position" else (None,)
+    return [
+        _Core(pair, relation, background=background)
+        for pair, relation, background in itertools.product(pairs, relations, BACKGROUNDS)
+    ]
 
 
 _HELD_OUT_PAIRS = {
@@ -125,7 +129,7 @@ _HELD_OUT_PAIRS = {
     "triangle": "green",
     "cross": "blue",
 }
-_HELD_OUT_SHAPES = (frozenset(("circle", "cross")),)
+_PAIRS_OF_SHAPES = tuple(map(frozenset, itertools.combinations(SHAPES, 2)))
 
 
 def _stable_hash(*parts) -> int:
@@ -137,8 +141,9 @@ def _is_held_out(kind: str, *rest) -> bool:
     match kind, *rest:
         case "pair", color, shape:
             return _HELD_OUT_PAIRS[shape] == color
-        case "shapes", shapes:
-            return shapes in _HELD_OUT_SHAPES
+        case "shapes", shapes, background:
+            place = _PAIRS_OF_SHAPES.index(shapes) + 2 * BACKGROUNDS.index(background)
+            return place % 5 == 0
         case "count", n, color, shape:
             return (n + COLORS.index(color) + SHAPES.index(shape)) % 5 == 0
         case "setting", shape, size, background:
@@ -282,7 +287,8 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
         colored = draw() < 0.7 or held_out
     setting = category == "single_object"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
-    named = draw() < (0.5 if setting else 0.2) or (setting and held_out)
+    named = draw() < (0.5 if setting else 0.2)
+    named = named or (held_out and category in ("single_object", "two_objects"))
     while True:
         if category == "counting":
             text = _write_count(core, colored, draw)
@@ -320,8 +326,8 @@ class Scenes:
     """A random-access data set of {'image': uint8 (H, W, 3), 'caption': str, 'category': str}.
 
     'train' and 'validation' are disjoint streams of one distribution, whose categories are drawn by
-    `weights` (category -> relative weight, those left out never; None means equally). 'heldout' has
-    the held-out combinations; element i is of category i % 6, so that every prefix is balanced.
+    `weights` (category -> relative weight, those left out never; None means `WEIGHTS`). 'heldout'
+    has the held-out combinations; element i is of category i % 6: every prefix is balanced.
     """
 
     def __init__(
@@ -346,7 +352,7 @@ class Scenes:
             raise ValueError(
                 "weights do not apply to the heldout split, whose categories take turns"
             )
-        weights = dict.fromkeys(CATEGORIES, 1.0) if weights is None else dict(weights)
+        weights = dict(WEIGHTS if weights is None else weights)
         unknown = sorted(set(weights) - set(CATEGORIES))
         if unknown or min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
             raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from t2i_jax.models import layers
 from t2i_jax.models.attention import attend
 from t2i_jax.models.memory import TextMemory
-from t2i_jax.models.positions import image_angles, rotate
+from t2i_jax.models.positions import absolute_table, image_angles, rotate
 from t2i_jax.sharding import constrain
 
 CONDITIONING = ("adaln-zero", "none")
@@ -174,6 +174,8 @@ class DiT(nn.Module):
     channels: int
     patch_size: int = 2
     positions: str = "2d-rope"
+    table_size: int = 0
+    table_range: float = 16.0
     conditioning: str = "adaln-zero"
     prediction: str = "velocity"
     qk_norm: bool = True
@@ -236,6 +238,9 @@ class DiT(nn.Module):
             )
         grid = (height // patch, width // patch)
         x_BID = self.patch_embed(patchify(z_BHWC, patch))
+        if self.table_size:
+            table_ID = absolute_table(grid, self.width, self.table_size, self.table_range)
+            x_BID = (x_BID + table_ID).astype(self.dtype)
         x_BID = constrain(x_BID, "batch", "image", None)
 
         modulated = self.conditioning == "adaln-zero"

@@ -86,6 +86,7 @@ def make(
         dimensions = matrix_dimensions(boxed)
         update = muon(
             schedule(config.muon_learning_rate, config, steps),
+            ns_steps=config.muon_steps,
             eps=config.eps,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,

@@ -1,7 +1,7 @@
 """The published PyTorch system's outputs, losses, gradients and samples, from its weights.
 
-tests/goldens/NAME.npz are runs of tang-bd/fuse-dit at toy size, in float32 (one is kept here;
-others, put beside it, are tested too).
+tests/goldens/NAME.npz are runs of tang-bd/fuse-dit at toy size, in float32 (two are kept here;
+others, put beside them, are tested too).
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.diffusion import sampling, time
-from t2i_jax.models import fusion, memory
+from t2i_jax.models import fusion, memory, positions
 from t2i_jax.training import step
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "goldens").glob("*.npz"))
@@ -36,7 +36,6 @@ DIT = {
     "width": "dit_hidden_size",
     "num_layers": "dit_num_hidden_layers",
     "patch_size": "patch_size",
-    "positions": "pos_embed",
     "qk_norm": "qk_norm",
     "sandwich_norm": "sandwich_norm",
 }
@@ -79,6 +78,9 @@ NAMES |= {
 }
 
 
+TABLE = "dit.patch_embed.pos_embed"
+
+
 def their_names(path, shape):
     """The parameters that one of ours holds; the stacked ones, layer by layer."""
     if "/blocks/" not in path:
@@ -101,7 +103,11 @@ def load(file):
     dit |= {
         "mlp_width": llm["mlp_width"],
         "conditioning": theirs["timestep_conditioning"] or "none",
+        "positions": theirs["pos_embed"],
     }
+    if theirs["pos_embed"] == "ape":
+        side, extent = theirs["pos_embed_max_size"], theirs["sample_size"] // theirs["patch_size"]
+        dit |= {"positions": "none", "table_size": side, "table_range": float(extent)}
     model = fusion.build(llm, dit, channels=theirs["in_channels"])
     channels, height, width = arrays["in/latents"].shape[1:]
     shapes = jax.eval_shape(
@@ -114,7 +120,8 @@ def load(file):
         read.update(names)
         weights = [to_ours(path, arrays[f"transformer/{name}"]) for name in names]
         params[path] = jnp.asarray(np.stack(weights).reshape(leaf.shape))
-    assert read == {name[12:] for name in arrays.files if name.startswith("transformer/")}
+    read.add(TABLE)  # computed, not read
+    assert read >= {name[12:] for name in arrays.files if name.startswith("transformer/")}
     return SimpleNamespace(z=arrays, model=model, params=unflatten_dict(params, sep="/"))
 
 
@@ -134,6 +141,21 @@ def text(golden, where):
 
 def relative(actual, expected):
     return np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected)
+
+
+def test_table_of_positions(golden):
+    """All of it, and its middle, as the model sees it."""
+    net = golden.model.dit
+    if not net.table_size:
+        assert f"transformer/{TABLE}" not in golden.z
+        return
+    side, table = net.table_size, golden.z[f"transformer/{TABLE}"][0]
+    whole = positions.absolute_table((side, side), net.width, side, net.table_range)
+    np.testing.assert_allclose(whole, table, atol=1e-6)
+    middle = positions.absolute_table((4, 3), net.width, side, net.table_range)
+    top, left = (side - 4) // 2, (side - 3) // 2
+    expected = table.reshape(side, side, -1)[top : top + 4, left : left + 3]
+    np.testing.assert_allclose(middle, expected.reshape(12, -1), atol=1e-6)
 
 
 def test_velocity(golden):

@@ -23,7 +23,16 @@ def literal(kind, n):
     return [[r, r / S10, c / 10, c / (10 * S10)] for r, c in rows]  # m-rope
 
 
-@pytest.mark.parametrize("kind", positions.IMAGE_POSITIONS)
+ROTARY = ("1d-rope", "2d-rope", "m-rope")
+
+
+def test_kinds():
+    assert positions.image_angles("none", GRID, jnp.array([5]), HEAD, THETA) is None
+    x = vectors(0, 1, 6, 1)
+    assert positions.rotate(x, None) is x
+
+
+@pytest.mark.parametrize("kind", ROTARY)
 def test_angles_of_a_grid(kind):
     angles = positions.image_angles(kind, GRID, jnp.array([5, 1]), HEAD, THETA)
     expected = np.array([literal(kind, 5), literal(kind, 1)])
@@ -58,7 +67,7 @@ def test_rotation_turns_complex_numbers_of_the_two_halves():
     )
 
 
-@pytest.mark.parametrize("kind", positions.IMAGE_POSITIONS)
+@pytest.mark.parametrize("kind", ROTARY)
 def test_scores_of_image_tokens_do_not_depend_on_the_length_of_the_text(kind):
     q, k = vectors(1, 1, 6, 1), vectors(2, 1, 6, 1)
 
@@ -97,3 +106,21 @@ def test_rotation_keeps_bfloat16_but_computes_in_float32():
     np.testing.assert_allclose(
         np.float32(turned), positions.rotate(x.astype(jnp.float32), far), atol=0.02
     )
+
+
+def test_a_table_of_absolute_positions():
+    """The middle 2 x 3 of a 6 x 6 table over 3.0: rows at 1.0 and 1.5, columns at 0.5, 1.0, 1.5."""
+    table = positions.absolute_table(GRID, 8, 6, 3.0)
+    expected = [
+        [f(x * w) for x in (column, row) for f in (np.sin, np.cos) for w in (1.0, 0.01)]
+        for row in (1.0, 1.5)
+        for column in (0.5, 1.0, 1.5)
+    ]
+    assert table.dtype == jnp.float32
+    np.testing.assert_allclose(table, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "width"), [((2, 7), 8), ((2, 3), 6)])
+def test_a_table_that_does_not_fit_is_refused(grid, width):
+    with pytest.raises(ValueError, match="table of 6 x 6 positions"):
+        positions.absolute_table(grid, width, 6, 3.0)

@@ -134,6 +134,22 @@ def test_muon_orthogonalises_each_layers_matrix():
             assert along.min() > -1.35 and along.max() < -0.5, path
 
 
+def test_more_steps_of_muon_come_closer_to_an_orthogonal_matrix():
+    run = tiny.run(optimizer__muon_learning_rate=0.01)
+    params, grads = run.state.params, gradients(run.state.params, 0)
+    spread = {}
+    for steps in (1, 5):
+        run.config.unlock().optimizer.update(
+            weight_decay=0.0, warmup_steps=0, clip_norm=1e9, muon_steps=steps
+        )
+        update, _ = optimizer.make(run.config.optimizer, 10, run.boxed)
+        updates, _ = jax.jit(update.update)(grads, update.init(params), params)
+        matrix = np.float64(updates["dit"]["blocks"]["mlp"]["gate"]["weight"][0])
+        values = np.linalg.svd(matrix, compute_uv=False)
+        spread[steps] = values.max() / values.min()
+    assert spread[5] < 2.8 < spread[1] / 2
+
+
 def test_muon_decays_weights_with_the_rate_of_each_kind():
     rates = {"matrix": 0.02, "table": 0.01}
     c = section(warmup_steps=0, muon_learning_rate=0.02, learning_rate=0.01, weight_decay=0.5)
