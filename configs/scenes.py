@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         patch_size=6,
         table_size=4,
         table_range=4.0,
-        conditioning="none",
+        conditioning="adaln-zero",
         prediction="data",
         unroll=4,
     )
@@ -50,32 +50,33 @@ def get_config() -> ConfigDict:
     )
     config.optimizer.update(
         name="muon",
-        learning_rate=2e-3,
-        muon_learning_rate=0.012,
+        learning_rate=1.5e-3,
+        muon_learning_rate=0.009,
+        muon_steps=3,
         schedule="linear",
-        warmup_steps=20,
+        warmup_steps=40,
         decay_steps=0,
     )
     config.ema.update(decay=0.995, every=1, warmup=True)
     config.train.update(
-        steps=3000, batch_size=64, dtype="float32", frozen_dtype="float32", log_every=1
+        steps=3600, batch_size=32, dtype="float32", frozen_dtype="float32", log_every=1
     )
-    config.checkpoint.update(every=500, keep=2)
-    config.validation.update(every=500)
+    config.checkpoint.update(every=600, keep=2)
+    config.validation.update(every=600)
     config.sampling.update(
         steps=25,
         guidance=3.0,
         batch_size=100,
-        every=1000,
+        every=1200,
         prompts=(  # combinations that training never shows, one or two of each category
             "a small cross against a brown background",
             "a circle with a square on a black background",
             "a picture of three green squares",
             "two crosses in white",
             "a big blue cross and nothing else on a grey background",
-            "a white circle, and on its left a blue triangle against a grey background",
+            "a drawing of a red circle to the left of a red cross",
             "an image of a yellow square below a white triangle",
-            "a triangle in white with a square painted red",
+            "a red cross with a white square",
         ),
     )
     return config.lock()

@@ -34,7 +34,7 @@ KINDS = {
 }
 CATEGORIES = tuple(KINDS)
 # How often each is shown in training: what binds two things takes the most learning.
-WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 2.0, "color_attribution": 2.0}
+WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 3.0, "color_attribution": 2.0}
 COLORS = tuple(drawing.COLORS)
 BACKGROUNDS = tuple(drawing.BACKGROUNDS)
 COUNTS = (2, 3, 4)
@@ -183,12 +183,7 @@ def _choices(category: str, held_out: bool) -> tuple[_Core, ...]:
 
 _MAX_WORDS = 16
 _PLAIN = ("a {z}{s}", "a {z}{s}", "a {z}{s}", "one {z}{s}", "a single {z}{s}")
-_COLORED = ("a {z}{c} {s}",) * 5 + (
-    "one {z}{c} {s}",
-    "a {z}{s} that is {c}",
-    "a {z}{s} in {c}",
-    "a {z}{s} painted {c}",
-)
+_COLORED = ("a {z}{c} {s}",) * 9 + ("one {z}{c} {s}", "a {z}{s} that is {c}", "a {z}{s} in {c}")
 _SIZED = {"small": ("small", "small", "little"), "large": ("large", "large", "big")}
 _PREFIX = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "we see ")
 _ONE = ("{a}", "{a}", "{a}", "just {a}", "{a} and nothing else", "{a} by itself")
@@ -221,16 +216,16 @@ _COUNT_COLORED = (
 _COUNT_TWO = ("two {p}, both of them {c}", "a pair of {c} {p}")
 _COUNT_MORE = ("{n} {p}, all of them {c}", "a group of {n} {c} {p}")
 _RELATION = {
-    "above": ("above", "above", "over", "on top of"),
-    "below": ("below", "below", "under", "beneath"),
-    "left": ("to the left of", "to the left of", "on the left of", "left of"),
-    "right": ("to the right of", "to the right of", "on the right of", "right of"),
+    "above": ("above", "above", "over"),
+    "below": ("below", "below", "under"),
+    "left": ("to the left of", "to the left of", "left of"),
+    "right": ("to the right of", "to the right of", "right of"),
 }
 _OF_IT = {
-    "above": ("above it", "on top of it"),
-    "below": ("below it", "under it"),
-    "left": ("to its left", "on its left"),
-    "right": ("to its right", "on its right"),
+    "above": "above it",
+    "below": "below it",
+    "left": "to its left",
+    "right": "to its right",
 }
 _END = {
     "above": "at the top",
@@ -238,7 +233,7 @@ _END = {
     "left": "on the left",
     "right": "on the right",
 }
-_POSITION = ("{a} {r} {b}",) * 5 + (
+_POSITION = ("{a} {r} {b}",) * 9 + (
     "{a} is {r} {b}",
     "{b} with {a} {i}",
     "{b}, and {i} {a}",
@@ -273,7 +268,7 @@ def _write_objects(category: str, core: _Core, colored: bool, size: str | None, 
         a=a,
         b=b,
         r=draw.choose(_RELATION[relation]),
-        i=draw.choose(_OF_IT[relation]),
+        i=_OF_IT[relation],
         e=_END[relation],
         f=_END[INVERSE[relation]],
     )
@@ -284,7 +279,7 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
     """A caption of a core; a held-out one names all that its key consists of."""
     colored = category in ("colors", "color_attribution")
     if category in ("counting", "position"):
-        colored = draw() < 0.7 or held_out
+        colored = draw() < 0.8 or held_out
     setting = category == "single_object"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
     named = draw() < (0.5 if setting else 0.2)

@@ -38,7 +38,7 @@ def test_the_streams_are_pinned():
     for split in scenes.SPLITS:
         for i in range(100):
             captions = zlib.crc32(Scenes(split=split).caption(i).encode(), captions)
-    assert captions == 4029884095
+    assert captions == 2789230634
     first, second = Scenes(split="heldout").scene(4).objects
     assert (first.shape, first.color, second.shape, second.color) == (
         "circle",
@@ -48,7 +48,7 @@ def test_the_streams_are_pinned():
     )
     places = [first.x, first.y, first.size, second.x, second.y, second.size]
     assert places == pytest.approx(
-        [0.523993, 0.256298, 0.395122, 0.476091, 0.734202, 0.406541], abs=1e-6
+        [0.486270, 0.267291, 0.410377, 0.482063, 0.728482, 0.396464], abs=1e-6
     )
 
 
@@ -239,8 +239,8 @@ def test_drawing_has_exact_areas_and_is_the_same_at_every_size():
 
 def test_weights_and_bounds():
     often = collections.Counter(Scenes().prompt(i).category for i in range(1600))
-    assert 340 < often["position"] < 460 and 340 < often["color_attribution"] < 460
-    assert all(150 < often[category] < 250 for category in CATEGORIES[:4])
+    for category, expected in zip(CATEGORIES, (178, 178, 178, 178, 533, 356), strict=True):
+        assert abs(often[category] - expected) < 60
     data = Scenes(weights={"counting": 3, "colors": 1}, length=800)
     counts = collections.Counter(data.prompt(i).category for i in range(len(data)))
     assert set(counts) == {"counting", "colors"} and 540 < counts["counting"] < 660
