@@ -1,4 +1,4 @@
-"""Draws images: python launch/sample.py --checkpoint=runs/scenes --prompt="a red circle".
+"""Draws images: python launch/sample.py --checkpoint=runs/scenes --prompt="a red ring".
 
 Without --prompt or --prompts_file it draws the config's own prompts. Writes one captioned grid.
 """

@@ -1,7 +1,7 @@
 """From prompts to images.
 
     pipeline = Pipeline.load("runs/scenes")
-    images = pipeline(["a red circle above a blue square"], seed=0)
+    images = pipeline(["a red ring above a blue square"], seed=0)
 
 The text memory of a prompt is made once for all steps, that of the empty prompt once a batch.
 Image i of a seed starts from noise that depends on (seed, i) alone, so it is the same picture in

@@ -26,7 +26,7 @@ TINY = {
     "llm": {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
     | {"head_width": 8, "mlp_width": 32, "unroll": 1},
     "pretrain": {"steps": 80, "batch_size": 8, "vocab_size": 300},
-    "dit": {"width": 32, "num_layers": 2, "mlp_width": 64, "patch_size": 4, "unroll": 1},
+    "dit": {"width": 32, "num_layers": 2, "mlp_width": 64, "patch_size": 6, "unroll": 1},
     "data": {
         "image_size": 24,
         "max_text_tokens": 24,

@@ -46,7 +46,7 @@ def runs(launch, trained):
     """All processes of this module, two at a time."""
     scenes = f"--config={CONFIGS / 'scenes.py'}"
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
-    drawn = ("--prompt=a red circle", "--num_images=2", "--steps=2", "--out=new/grid.png")
+    drawn = ("--prompt=a red ring", "--num_images=2", "--steps=2", "--out=new/grid.png")
     flags = {
         "dry": ("train.py", scenes, "--dry_run", *mesh, "--config.seed=7"),
         "flagship": ("train.py", f"--config={CONFIGS / 'fusion_2b.py'}"),

@@ -33,7 +33,7 @@ TEXT = 5  # T
 WATCHED = {  # what the run of conftest.py's `trained` changes: it validates and draws
     "validation__every": 2,
     "sampling__every": 4,
-    "sampling__prompts": ("a red circle", "two blue squares", "a ring"),
+    "sampling__prompts": ("a red ring", "two blue squares", "a ring"),
 }
 
 

@@ -128,22 +128,22 @@ def arrange(
 ) -> list[tuple[float, float, float]]:
     """Centre x, y and width, in canvases, of n objects that do not touch.
 
-    One object has the named size and stands about the middle. Two stand side by side or one above
-    the other, in the relation if it is given; three and four about the centres of a two-by-two
-    lattice. Those that are alike differ less in width.
+    One object has the named size and stands about the middle. Two stand in the relation, or from
+    left to right if there is none; three and four about the centres of a two-by-two lattice. Those
+    that are alike differ less in width.
     """
     spread = 0.015 if alike else 0.03
     if n == 1:
         places = _one(draw, size)
     elif n == 2:
-        places = _two(draw, relation or draw.choose(RELATIONS), spread)
+        places = _two(draw, relation or "left", spread)
     else:
         places = _many(draw, n, spread)
     return [tuple(length / CANVAS for length in place) for place in places]
 
 
-def _circle(x, y, size, edge):
-    return np.clip(0.5 - (np.hypot(x, y) - 0.5 * size) / edge, 0.0, 1.0)
+def _ring(x, y, size, edge):
+    return np.clip(0.5 - (np.abs(np.hypot(x, y) - 0.37 * size) - 0.13 * size) / edge, 0.0, 1.0)
 
 
 def _interval(x, half, edge):
@@ -169,7 +169,7 @@ def _triangle(x, y, size, edge):
 
 
 _COVERAGE: dict[str, Callable] = {
-    "circle": _circle,
+    "ring": _ring,
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,

@@ -33,8 +33,9 @@ KINDS = {
     "color_attribution": "attribution",
 }
 CATEGORIES = tuple(KINDS)
-# How often each is shown in training: what binds two things takes the most learning.
-WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 3.0, "color_attribution": 2.0}
+# How often each is shown in training: a relation that turns the order of mention around is what
+# takes the most learning.
+WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 5.0}
 COLORS = tuple(drawing.COLORS)
 BACKGROUNDS = tuple(drawing.BACKGROUNDS)
 COUNTS = (2, 3, 4)
@@ -81,10 +82,11 @@ def _core_keys(core: _Core) -> set[tuple]:
         found.add(("shapes", frozenset((first[1], last[1])), core.background))
         if first[0] != last[0]:
             found.add(("attribution", frozenset((first, last))))
-        if core.relation and first < last:
-            found.add(("relation", first, core.relation, last))
-        elif core.relation:
-            found.add(("relation", last, INVERSE[core.relation], first))
+        if core.relation:
+            one, relation, other = first[1], core.relation, last[1]
+            if one > other:
+                one, relation, other = other, INVERSE[relation], one
+            found.add(("relation", one, relation, other, core.background))
     return found
 
 
@@ -92,9 +94,9 @@ def keys(scene: Scene) -> set[tuple]:
     """The combinations that a scene shows, read from its objects and not from its caption.
 
     ('pair', colour, shape), ('setting', shape, size, background), ('count', n, colour, shape),
-    ('shapes', {shape, shape}, background), ('attribution', {thing, thing}) and ('relation', thing,
-    relation, thing), where a thing is (colour, shape). A relation is told from the thing that sorts
-    first, so that "A above B" and "B below A" are one key.
+    ('shapes', {shape, shape}, background), ('attribution', {thing, thing}), where a thing is
+    (colour, shape), and ('relation', shape, relation, shape, background). A relation is told from
+    the shape that sorts first, so that "A above B" and "B below A" are one key.
     """
     things = tuple((item.color, item.shape) for item in scene.objects)
     relation = drawing.relation_of(*scene.objects) if len(things) == 2 else None
@@ -116,7 +118,8 @@ def _cores(category: str) -> list[_Core]:
     pairs = [pair for pair in itertools.product(things, things) if pair[0][1] != pair[1][1]]
     if category == "color_attribution":
         pairs = [pair for pair in pairs if pair[0][0] != pair[1][0]]
-    relations = RELATIONS if category == "position" else (None,)
+    # Where a caption says nothing else, what it names first stands to the left.
+    relations = RELATIONS if category == "position" else ("left",)
     return [
         _Core(pair, relation, background=background)
         for pair, relation, background in itertools.product(pairs, relations, BACKGROUNDS)
@@ -124,7 +127,7 @@ def _cores(category: str) -> list[_Core]:
 
 
 _HELD_OUT_PAIRS = {
-    "circle": "yellow",
+    "ring": "yellow",
     "square": "purple",
     "triangle": "green",
     "cross": "blue",
@@ -153,9 +156,10 @@ def _is_held_out(kind: str, *rest) -> bool:
             return place % 5 == 0
         case "attribution", things:
             return _stable_hash("attribution", *sorted(things)) % 5 == 0
-        case _, first, relation, second:
-            # At most one relation of two things: the other three are there to learn from.
-            return _stable_hash("relation", first, second) % 5 == RELATIONS.index(relation)
+        case _, first, relation, second, background:
+            # At most one relation of two shapes: the other three are there to learn from.
+            place = _PAIRS_OF_SHAPES.index(frozenset((first, second)))
+            return (place + BACKGROUNDS.index(background)) % 5 == RELATIONS.index(relation)
 
 
 def _held_out() -> dict[str, frozenset]:
@@ -181,7 +185,7 @@ def _choices(category: str, held_out: bool) -> tuple[_Core, ...]:
 
 # --- Captions -----------------------------------------------------------------------------------
 
-_MAX_WORDS = 16
+_MAX_WORDS = 14
 _PLAIN = ("a {z}{s}", "a {z}{s}", "a {z}{s}", "one {z}{s}", "a single {z}{s}")
 _COLORED = ("a {z}{c} {s}",) * 9 + ("one {z}{c} {s}", "a {z}{s} that is {c}", "a {z}{s} in {c}")
 _SIZED = {"small": ("small", "small", "little"), "large": ("large", "large", "big")}
@@ -277,13 +281,16 @@ def _write_objects(category: str, core: _Core, colored: bool, size: str | None, 
 
 def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
     """A caption of a core; a held-out one names all that its key consists of."""
-    colored = category in ("colors", "color_attribution")
-    if category in ("counting", "position"):
-        colored = draw() < 0.8 or held_out
-    setting = category == "single_object"
+    kind, wish = KINDS[category], draw()
+    colored = kind in ("pair", "attribution")
+    if kind == "count":
+        colored = wish < 0.8 or held_out
+    elif kind == "relation":
+        colored = wish < 0.5 and not held_out
+    setting = kind == "setting"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
-    named = draw() < (0.5 if setting else 0.2)
-    named = named or (held_out and category in ("single_object", "two_objects"))
+    named = draw() < (0.2 if colored else 0.5)
+    named = named or (held_out and kind in ("setting", "shapes", "relation"))
     while True:
         if category == "counting":
             text = _write_count(core, colored, draw)
@@ -291,27 +298,25 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
             text = _write_objects(category, core, colored, size, draw)
         if named:
             text = draw.choose(_BACKGROUND).format(t=text, b=core.background)
-        if text.count(" ") < _MAX_WORDS:
+        if text.count(" ") + text.count(",") < _MAX_WORDS:
             break
     objects = tuple((shape, color if colored else None) for color, shape in core.things)
-    return Prompt(category, text, objects, core.relation, size, core.background if named else None)
+    relation = core.relation if category == "position" else None
+    return Prompt(category, text, objects, relation, size, core.background if named else None)
 
 
 def _compose(category: str, core: _Core, draw: Draws) -> Scene:
-    n = len(core.things)
-    while True:
-        places = drawing.arrange(draw, n, core.size, core.relation, alike=category == "counting")
-        objects = []
-        for (color, shape), place in zip(core.things, places, strict=True):
-            rgb = tuple(level + draw.uniform(-12, 12) for level in drawing.COLORS[color])
-            objects.append(Object(shape, color, *place, rgb))
-        shade, ramp = draw.uniform(0.85, 1.15), draw() < 0.5
-        rgb = tuple(shade * level for level in drawing.BACKGROUNDS[core.background])
-        gradient = (draw.uniform(-10, 10), draw.uniform(-10, 10)) if ramp else (0.0, 0.0)
-        scene = Scene(category, tuple(objects), core.background, rgb, gradient)
-        # Two objects placed freely stand in some relation too, and it must not be a held-out one.
-        if core.relation or n != 2 or keys(scene).isdisjoint(HELD_OUT["relation"]):
-            return scene
+    places = drawing.arrange(
+        draw, len(core.things), core.size, core.relation, alike=category == "counting"
+    )
+    objects = []
+    for (color, shape), place in zip(core.things, places, strict=True):
+        rgb = tuple(level + draw.uniform(-12, 12) for level in drawing.COLORS[color])
+        objects.append(Object(shape, color, *place, rgb))
+    shade, ramp = draw.uniform(0.85, 1.15), draw() < 0.5
+    rgb = tuple(shade * level for level in drawing.BACKGROUNDS[core.background])
+    gradient = (draw.uniform(-10, 10), draw.uniform(-10, 10)) if ramp else (0.0, 0.0)
+    return Scene(category, tuple(objects), core.background, rgb, gradient)
 
 
 # --- The data set -------------------------------------------------------------------------------

@@ -107,17 +107,17 @@ def test_detections_are_where_the_objects_are(size):
 
 
 def test_each_demand_of_a_prompt_counts():
-    red, blue = ("circle", "red", 0.5, 0.25, 0.36), ("square", "blue", 0.5, 0.72, 0.36)
+    red, blue = ("ring", "red", 0.5, 0.25, 0.36), ("square", "blue", 0.5, 0.72, 0.36)
     image = _draw(red, blue)
-    prompt = Prompt("position", "", (("circle", "red"), ("square", "blue")), "above", None, "black")
+    prompt = Prompt("position", "", (("ring", "red"), ("square", "blue")), "above", None, "black")
     assert check(image, prompt)
     changed = {
         "objects": [
-            (("circle", "red"),),
-            (("circle", "red"), ("square", "blue"), ("square", "blue")),
-            (("circle", "blue"), ("square", "red")),
+            (("ring", "red"),),
+            (("ring", "red"), ("square", "blue"), ("square", "blue")),
+            (("ring", "blue"), ("square", "red")),
             (("cross", "red"), ("square", "blue")),
-            (("square", "blue"), ("circle", "red")),
+            (("square", "blue"), ("ring", "red")),
         ],
         "relation": ["below", "left", "right"],
         "background": ["grey", "brown"],
@@ -126,24 +126,24 @@ def test_each_demand_of_a_prompt_counts():
     for name, values in changed.items():
         for value in values:
             assert not check(image, dataclasses.replace(prompt, **{name: value})), (name, value)
-    uncolored = (("circle", None), ("square", None))
+    uncolored = (("ring", None), ("square", None))
     assert check(image, dataclasses.replace(prompt, objects=uncolored, background=None))
     assert not check(_draw(red, blue, ("cross", "red", 0.15, 0.5, 0.28)), prompt)
     assert not check(_draw(red), prompt)
 
 
 def test_specks_are_ignored_but_litter_is_not():
-    prompt = Prompt("colors", "", (("circle", "red"),))
+    prompt = Prompt("colors", "", (("ring", "red"),))
     for rows, accepted in ((range(2, 7, 4), True), (range(2, 23, 4), False)):
-        image = _draw(("circle", "red", 0.5, 0.5, 0.4))
+        image = _draw(("ring", "red", 0.5, 0.5, 0.4))
         for y in rows:
             image[y : y + 2, [2, 21]] = 240
         assert check(image, prompt) == accepted
 
 
 def test_a_diagonal_is_no_relation():
-    image = _draw(("circle", "red", 0.26, 0.27, 0.36), ("square", "blue", 0.73, 0.72, 0.36))
-    prompt = Prompt("position", "", (("circle", "red"), ("square", "blue")))
+    image = _draw(("ring", "red", 0.26, 0.27, 0.36), ("square", "blue", 0.73, 0.72, 0.36))
+    prompt = Prompt("position", "", (("ring", "red"), ("square", "blue")))
     assert check(image, prompt)
     for relation in ("above", "left", "below", "right"):
         assert not check(image, dataclasses.replace(prompt, relation=relation))
