@@ -12,30 +12,32 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Eight layers of width 256 on 64 tokens of 8 x 8 pixels: about 20 images a second a core."""
+    """Six layers of width 256 on 64 tokens of 8 x 8 pixels: about 20 images a second a core."""
     config = base.get_config().unlock()
     config.name = "small_64"
     config.weights.update(llm="", tokenizer="", autoencoder="")
     config.llm.update(
         vocab_size=2048,
         width=256,
-        num_layers=8,
+        num_layers=6,
         num_heads=4,
         num_kv_heads=2,
         head_width=64,
         mlp_width=512,
         rope_theta=1e6,
-        unroll=8,
+        unroll=6,
     )
     config.pretrain.update(steps=300, batch_size=64, learning_rate=2e-3, vocab_size=2048)
     config.dit.update(
         width=256,
-        num_layers=8,
+        num_layers=6,
         mlp_width=768,
         patch_size=8,
-        conditioning="none",
+        table_size=8,
+        table_range=8.0,
+        conditioning="adaln-zero",
         prediction="data",
-        unroll=8,
+        unroll=6,
     )
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     config.flow.update(shift=2.0)
@@ -50,6 +52,7 @@ def get_config() -> ConfigDict:
         name="muon",
         learning_rate=1.5e-3,
         muon_learning_rate=0.01,
+        muon_steps=3,
         schedule="linear",
         warmup_steps=50,
         decay_steps=0,

@@ -35,7 +35,7 @@ KINDS = {
 CATEGORIES = tuple(KINDS)
 # How often each is shown in training: a relation that turns the order of mention around is what
 # takes the most learning.
-WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 5.0}
+WEIGHTS = dict.fromkeys(CATEGORIES, 1.0) | {"position": 4.0}
 COLORS = tuple(drawing.COLORS)
 BACKGROUNDS = tuple(drawing.BACKGROUNDS)
 COUNTS = (2, 3, 4)
