@@ -6,7 +6,7 @@ ARGS =
 SCORE_ARGS =
 # A step of the demo is a sixth faster without one kind of fusion that XLA's CPU backend tries, and
 # another eighth if glibc keeps the memory of a step for the next one instead of giving it back.
-CPU = JAX_PLATFORMS=cpu XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT \
+CPU = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT $$XLA_FLAGS" \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
 .PHONY: setup demo test lint clean

@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 500_000
     config.train.batch_size = 512  # global
-    config.train.accumulation = 1  # microbatches a step, one after another
+    config.train.accumulation = 1  # microbatches a step; what is frozen reads the whole batch
     config.train.dtype = "bfloat16"  # of the computation; masters, norms and loss are float32
     config.train.frozen_dtype = "bfloat16"  # of the stored LLM and autoencoder
     config.train.log_every = 10  # steps between lines of metrics.jsonl

@@ -1,7 +1,7 @@
 """Handwritten digits: `python launch/train.py --config=configs/digits.py`.
 
 The 1,797 scans that come with scikit-learn (`pip install -e '.[digits]'`), 16 x 16 pixels, "a
-handwritten three". The diff to configs/scenes.py is the data.
+handwritten three". The diff to configs/scenes.py is the data, and patches of 4 pixels.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from configs import scenes
 
 
 def get_config() -> ConfigDict:
-    """A smaller model for a smaller world."""
+    """The model of the scenes on ten digits."""
     config = scenes.get_config().unlock()
     config.name = "digits"
     config.dit.update(patch_size=4)

@@ -72,12 +72,12 @@ def get_config() -> ConfigDict:
         prompts=(  # combinations that training never shows, one or two of each category
             "just a small cross on a brown background",
             "a large cross, black background",
-            "a ring and a square against a black background",
+            "a triangle and a ring",
             "a picture of three green squares",
             "a drawing of a large blue cross",
-            "one ring right of one cross on a black background",
-            "a picture of a cross under a square on a brown background",
-            "a white triangle and a red ring",
+            "a red ring to the right of a white square",
+            "a picture of a green cross over a green ring",
+            "there is one blue square and a purple triangle",
         ),
     )
     return config.lock()

@@ -15,7 +15,7 @@ from t2i_jax import cli
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A working directory, or a checkpoint in it.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
-OUT = flags.DEFINE_string("out", "samples.png", "The grid.")
+OUT = flags.DEFINE_string("out", "samples.png", "The grid, a PNG.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images a prompt.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the config's.")
@@ -25,18 +25,20 @@ flags.mark_flag_as_required("checkpoint")
 
 
 def main(_):
+    from etils import epath
+
     from t2i_jax.errors import MissingError
     from t2i_jax.evaluation import pictures
     from t2i_jax.pipeline import Pipeline
     from t2i_jax.training.metrics import Progress
 
-    Path(OUT.value).absolute().parent.mkdir(parents=True, exist_ok=True)
+    out, prompts = cli.output(OUT.value, ".png"), list(PROMPT.value)
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
-    prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
-        if not Path(PROMPTS_FILE.value).is_file():
+        file = epath.Path(PROMPTS_FILE.value)
+        if not file.is_file():
             raise MissingError(f"--prompts_file={PROMPTS_FILE.value}: no such file.")
-        lines = Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise MissingError(f"--prompts_file={PROMPTS_FILE.value} holds no prompt.")
@@ -51,7 +53,8 @@ def main(_):
             seed=SEED.value,
             progress=bar.update,
         )
-    pictures.grid(images, prompts, columns=columns).save(OUT.value)
+    with out.open("wb") as file:
+        pictures.grid(images, prompts, columns=columns).save(file, "PNG")
     print(f"{len(images)} images in {OUT.value}")
 
 

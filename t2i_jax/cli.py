@@ -12,6 +12,7 @@ import sys
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
@@ -112,6 +113,15 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
         if flag.startswith("no") and flag[2:].partition(".")[0] in flags.FLAGS:
             flag, value = flag[2:], None  # --noconfig.dit.qk_norm
         yield flag, value, argument
+
+
+def output(value: str, suffix: str) -> epath.Path:
+    """The path of --out, its folder made. Raises ConfigError where no such file can be written."""
+    path = epath.Path(value)
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"--out={value} must be a file that ends in {suffix}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextlib.contextmanager

@@ -50,7 +50,10 @@ _SHARDS: _Range = (lambda x: x == -1 or x > 0, "positive, or -1: the rest of the
 RANGES: dict[str, _Range] = {
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "pretrain.steps": _OR_ZERO,
-    "pretrain.vocab_size": _OR_ZERO,
+    "pretrain.vocab_size": (
+        lambda x: x == 0 or x >= 260,
+        "0, or at least 260: the bytes and the special tokens",
+    ),
     "dit.table_size": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
     "flow.time_mean": (lambda x: True, "finite"),
@@ -81,14 +84,18 @@ def base() -> ConfigDict:
 
     Makes `from configs import ...` work for config files, wherever the program was started.
     """
-    roots = [Path(sys.argv[0]).resolve().parent.parent, Path(__file__).resolve().parent.parent]
-    for root in roots:
+    for root in _roots():
         if (root / "configs" / "base.py").is_file():
             if str(root) not in sys.path:
                 sys.path.insert(0, str(root))
             return importlib.import_module("configs.base").get_config()
-    looked = ", ".join(map(str, roots))
+    looked = ", ".join(map(str, _roots()))
     raise ConfigError(f"configs/base.py, the schema of every config, is not in {looked}")
+
+
+def _roots() -> list[Path]:
+    """Where a checkout may be."""
+    return [Path(sys.argv[0]).resolve().parent.parent, Path(__file__).resolve().parent.parent]
 
 
 def load(path: str) -> ConfigDict:
@@ -105,8 +112,10 @@ def read(path: str) -> ConfigDict:
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path(file).parent.glob("*.py"))
-        hint = did_you_mean(difflib.get_close_matches(file, beside, 1))
-        raise ConfigError(f"{file}: no such config file.{hint}")
+        elsewhere = (str(root / file) for root in _roots() if (root / file).is_file())
+        hint = did_you_mean([*elsewhere] or difflib.get_close_matches(file, beside, 1))
+        where = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(f"{file}: no such config file{where}.{hint}")
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -266,8 +275,14 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
                 f"data.original_caption_rate = {data.original_caption_rate}, but "
                 "data.original_caption_field = '' names none"
             )
-    elif data.flip:
-        yield f"data.flip = True, but data.source = {data.source!r} has a left and a right"
+    else:
+        if data.flip:
+            yield f"data.flip = True, but data.source = {data.source!r} has a left and a right"
+        if data.original_caption_rate:
+            yield (
+                f"data.original_caption_rate = {data.original_caption_rate}, but data.source = "
+                f"{data.source!r} has one caption a sample"
+            )
     if config.validation.every and not data.validation_size:
         yield f"validation.every = {config.validation.every}, but data.validation_size = 0"
 
@@ -277,6 +292,11 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.name):
         yield f"name = {config.name!r} must be letters, digits and any of _ . - /, for runs/<name>"
     yield from _divides(config, "train.batch_size", "train.accumulation")
+    if optimizer.warmup_steps >= train.steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is not less than train.steps = "
+            f"{train.steps}: it would never reach its learning rate"
+        )
     if optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > train.steps:
         yield (
             f"optimizer.warmup_steps = {optimizer.warmup_steps} + optimizer.decay_steps = "

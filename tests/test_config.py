@@ -18,8 +18,8 @@ FILES = sorted(str(path) for path in (ROOT / "configs").rglob("*.py"))
 SMALL = {  # a config that works, so small that the tests can count
     "name": "small",
     "weights": {"llm": "", "tokenizer": "", "autoencoder": ""},
-    "llm": {"vocab_size": 256, "width": 128, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4},
-    "pretrain": {"steps": 300, "vocab_size": 256},
+    "llm": {"vocab_size": 260, "width": 128, "num_layers": 6, "num_heads": 4, "num_kv_heads": 4},
+    "pretrain": {"steps": 300, "vocab_size": 260},
     "dit": {"num_layers": 6, "patch_size": 4},
     "autoencoder": {"kind": "identity", "channels": 3, "downsample": 1},
     "data": {"source": "scenes", "path": "", "image_size": 24},
@@ -106,7 +106,8 @@ CONTRADICTIONS = {
     "weights.llm = '' and pretrain.steps = 0": {"pretrain__steps": 0},
     "weights.tokenizer = '', but weights.llm = 'gemma' needs its own": {"weights__llm": "gemma"},
     "weights.tokenizer = '' and pretrain.vocab_size = 0": {"pretrain__vocab_size": 0},
-    "pretrain.vocab_size = 300 is more than llm.vocab_size = 256": {"pretrain__vocab_size": 300},
+    "pretrain.vocab_size = 300 is more than llm.vocab_size = 260": {"pretrain__vocab_size": 300},
+    "pretrain.vocab_size = 259 must be 0, or at least 260": {"pretrain__vocab_size": 259},
     "sampling.steps = 30 is more than flow.num_timesteps = 20": {
         "sampling__steps": 30,
         "flow__num_timesteps": 20,
@@ -117,11 +118,17 @@ CONTRADICTIONS = {
     "data.caption_dropout = 1.5 must be from 0 to 1": {"data__caption_dropout": 1.5},
     "data.max_text_tokens = 1 must be at least 2": {"data__max_text_tokens": 1},
     "data.flip = True, but data.source = 'scenes' has a left and a right": {"data__flip": True},
+    "data.original_caption_rate = 0.5, but data.source = 'scenes' has one caption a sample": {
+        "data__original_caption_rate": 0.5
+    },
     "data.path = '', but data.source = 'webdataset' needs it": {"data__source": "webdataset"},
     "ema.decay = 1.0 must be at least 0 and below 1": {"ema__decay": 1.0},
     "optimizer.b1 = 1.0 must be at least 0 and below 1": {"optimizer__b1": 1.0},
     "optimizer.eps = nan must be positive": {"optimizer__eps": float("nan")},
     "optimizer.learning_rate = inf must be positive": {"optimizer__learning_rate": float("inf")},
+    "optimizer.warmup_steps = 1000 is not less than train.steps = 1000": {
+        "optimizer__warmup_steps": 1000
+    },
     "optimizer.warmup_steps = 600 + optimizer.decay_steps = 600 is more than train.steps": {
         "optimizer__warmup_steps": 600,
         "optimizer__decay_steps": 600,

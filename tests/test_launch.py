@@ -10,6 +10,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS, LAUNCH = ROOT / "configs", ROOT / "launch"
+# Runs a script as an interpreter would into which this project was never installed.
+BARE = f"""
+import runpy, sys
+sys.path[:] = [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+try:
+    import t2i_jax
+    sys.exit("t2i_jax is still installed")
+except ImportError:
+    del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +30,10 @@ def launch(tmp_path_factory):
     started = []
 
     def start(script, *flags):
-        directory = tmp_path_factory.mktemp("cwd")
+        directory = tmp_path_factory.mktemp("cwd") if script.is_absolute() else ROOT
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         process = subprocess.Popen(
-            [sys.executable, LAUNCH / script, *flags],
+            [sys.executable, "-c", BARE, script, *flags],
             cwd=directory,
             env=env,
             stdout=subprocess.PIPE,
@@ -48,11 +60,19 @@ def runs(launch, trained):
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     drawn = ("--prompt=a red ring", "--num_images=2", "--steps=2", "--out=new/grid.png")
     flags = {
-        "dry": ("train.py", scenes, "--dry_run", *mesh, "--config.seed=7"),
-        "flagship": ("train.py", f"--config={CONFIGS / 'fusion_2b.py'}"),
-        "unknown": ("train.py", scenes, "--config.optimiser.b1=0.5"),
-        "sample": ("sample.py", f"--checkpoint={trained}", *drawn),
-        "nothing": ("sample.py", "--checkpoint=nowhere"),
+        "dry": (LAUNCH / "train.py", scenes, "--dry_run", *mesh, "--config.seed=7"),
+        "flagship": (LAUNCH / "train.py", f"--config={CONFIGS / 'fusion_2b.py'}"),
+        "unknown": (LAUNCH / "train.py", scenes, "--config.optimiser.b1=0.5"),
+        "sample": (LAUNCH / "sample.py", f"--checkpoint={trained}", *drawn),
+        "nothing": (LAUNCH / "sample.py", "--checkpoint=nowhere"),
+        "steps": (LAUNCH / "sample.py", f"--checkpoint={trained}", "--steps=1001"),
+        "out": (LAUNCH / "sample.py", f"--checkpoint={trained}", "--out=grid"),
+        "root": (
+            pathlib.Path("launch/train.py"),
+            "--config=configs/fusion_2b.py",
+            "--dry_run",
+        ),
+        "elsewhere": (LAUNCH / "train.py", "--config=configs/fusion_2b.py"),
     }
     names, done = list(flags), {}
     for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
@@ -90,6 +110,16 @@ def test_the_flagship_names_every_missing_file_and_how_to_get_it(runs):
     assert list(directory.iterdir()) == []
 
 
+def test_the_flagship_runs_from_the_root_by_its_relative_path(runs):
+    status, out, err, _ = runs["root"]
+    assert status == 0, err
+    assert "2,448,479,296 parameters: DiT 18 x 2048" in out
+    status, _, err, directory = runs["elsewhere"]
+    assert status == 2
+    assert f"no such config file in {directory}" in err
+    assert f"Did you mean {CONFIGS / 'fusion_2b.py'}?" in err
+
+
 def test_a_key_that_is_not_there_has_a_suggestion(runs):
     status, _, err, _ = runs["unknown"]
     assert status == 2
@@ -109,3 +139,11 @@ def test_sampling_from_nothing_says_what_to_do(runs):
     status, _, err, _ = runs["nothing"]
     assert status == 1
     assert "No checkpoint at nowhere" in err and "launch/train.py" in err
+
+
+def test_what_sampling_cannot_do_is_said_before_it_draws(runs):
+    status, out, err, _ = runs["steps"]
+    assert status == 2 and "steps = 1001: a sampler takes 1 to 1000 steps" in err
+    status, out, err, directory = runs["out"]
+    assert status == 2 and "--out=grid" in err and ".png" in err
+    assert "drawing" not in out + err and list(directory.iterdir()) == []

@@ -79,14 +79,14 @@ def _core_keys(core: _Core) -> set[tuple]:
     elif first == last:
         found.add(("count", len(core.things), *first))
     else:
-        found.add(("shapes", frozenset((first[1], last[1])), core.background))
+        found.add(("shapes", frozenset((first[1], last[1]))))
         if first[0] != last[0]:
             found.add(("attribution", frozenset((first, last))))
         if core.relation:
-            one, relation, other = first[1], core.relation, last[1]
+            one, relation, other = first, core.relation, last
             if one > other:
                 one, relation, other = other, INVERSE[relation], one
-            found.add(("relation", one, relation, other, core.background))
+            found.add(("relation", one, relation, other))
     return found
 
 
@@ -94,9 +94,9 @@ def keys(scene: Scene) -> set[tuple]:
     """The combinations that a scene shows, read from its objects and not from its caption.
 
     ('pair', colour, shape), ('setting', shape, size, background), ('count', n, colour, shape),
-    ('shapes', {shape, shape}, background), ('attribution', {thing, thing}), where a thing is
-    (colour, shape), and ('relation', shape, relation, shape, background). A relation is told from
-    the shape that sorts first, so that "A above B" and "B below A" are one key.
+    ('shapes', {shape, shape}), ('attribution', {thing, thing}) and ('relation', thing, relation,
+    thing), where a thing is (colour, shape). A relation is told from the thing that sorts first, so
+    that "A above B" and "B below A" are one key.
     """
     things = tuple((item.color, item.shape) for item in scene.objects)
     relation = drawing.relation_of(*scene.objects) if len(things) == 2 else None
@@ -132,7 +132,7 @@ _HELD_OUT_PAIRS = {
     "triangle": "green",
     "cross": "blue",
 }
-_PAIRS_OF_SHAPES = tuple(map(frozenset, itertools.combinations(SHAPES, 2)))
+_HELD_OUT_SHAPES = frozenset(("ring", "triangle"))
 
 
 def _stable_hash(*parts) -> int:
@@ -140,13 +140,12 @@ def _stable_hash(*parts) -> int:
 
 
 def _is_held_out(kind: str, *rest) -> bool:
-    """The rule behind `HELD_OUT`; about one combination in five of each kind."""
+    """The rule behind `HELD_OUT`: about one combination in five or six of each kind."""
     match kind, *rest:
         case "pair", color, shape:
             return _HELD_OUT_PAIRS[shape] == color
-        case "shapes", shapes, background:
-            place = _PAIRS_OF_SHAPES.index(shapes) + 2 * BACKGROUNDS.index(background)
-            return place % 5 == 0
+        case "shapes", shapes:
+            return shapes == _HELD_OUT_SHAPES
         case "count", n, color, shape:
             return (n + COLORS.index(color) + SHAPES.index(shape)) % 5 == 0
         case "setting", shape, size, background:
@@ -156,10 +155,9 @@ def _is_held_out(kind: str, *rest) -> bool:
             return place % 5 == 0
         case "attribution", things:
             return _stable_hash("attribution", *sorted(things)) % 5 == 0
-        case _, first, relation, second, background:
-            # At most one relation of two shapes: the other three are there to learn from.
-            place = _PAIRS_OF_SHAPES.index(frozenset((first, second)))
-            return (place + BACKGROUNDS.index(background)) % 5 == RELATIONS.index(relation)
+        case _, first, relation, second:
+            # At most one relation of two things: the other three are there to learn from.
+            return _stable_hash("relation", first, second) % 5 == RELATIONS.index(relation)
 
 
 def _held_out() -> dict[str, frozenset]:
@@ -283,14 +281,12 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
     """A caption of a core; a held-out one names all that its key consists of."""
     kind, wish = KINDS[category], draw()
     colored = kind in ("pair", "attribution")
-    if kind == "count":
-        colored = wish < 0.8 or held_out
-    elif kind == "relation":
-        colored = wish < 0.5 and not held_out
+    if kind in ("count", "relation"):
+        colored = wish < 0.7 or held_out
     setting = kind == "setting"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
     named = draw() < (0.2 if colored else 0.5)
-    named = named or (held_out and kind in ("setting", "shapes", "relation"))
+    named = named or (setting and held_out)
     while True:
         if category == "counting":
             text = _write_count(core, colored, draw)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax.errors import ConfigError
+
 
 def shift_sigma(sigma, shift: float):
     """shift sigma / (1 + (shift - 1) sigma)."""
@@ -43,10 +45,10 @@ def sample_times(
 def sampling_sigmas(steps: int, num_timesteps: int, shift: float) -> np.ndarray:
     """The levels of a sampler, from noise to 0: float32 (steps + 1,).
 
-    Raises ValueError for steps outside 1..num_timesteps.
+    Raises ConfigError for steps outside 1..num_timesteps.
     """
     if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"steps = {steps}: a sampler takes 1 to {num_timesteps} steps.")
+        raise ConfigError(f"steps = {steps}: a sampler takes 1 to {num_timesteps} steps.")
     levels = training_sigmas(num_timesteps, shift)
     sigma = np.linspace(levels[0] * num_timesteps, levels[-1] * num_timesteps, steps)
     sigma = shift_sigma(sigma / num_timesteps, shift)

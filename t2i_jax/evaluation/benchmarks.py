@@ -1,8 +1,8 @@
 """Benchmarks of prompt following that need nothing but a pipeline.
 
 scenes   held-out compositions in six categories, read back from the pixels (evaluation/scenes.py);
-         and two controls that show that the text is used: the same prompts scored against images
-         of *other* prompts, and against images of the empty prompt
+         and two controls that show that the text is used: the same images scored against the
+         prompts in another order, and the prompts against images of the empty prompt
 digits   handwritten digits, told by a linear classifier trained on the real ones
 """
 
@@ -22,11 +22,20 @@ Report = dict[str, Any]
 
 
 def run(name: str, pipeline: Pipeline, num_images: int, seed: int) -> Report:
-    """The report {'benchmark', 'score', ...}. Raises ConfigError for an unknown name."""
+    """The report {'benchmark', 'score', ...}; the intervals tell of images, not of prompts.
+
+    Raises ConfigError for an unknown name, or where the model was trained on another world.
+    """
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"Unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}.{hint}")
+    source = pipeline.config.data.source
+    if source != name:
+        raise ConfigError(
+            f"The benchmark {name!r} is for models with data.source = {name!r}; this one was "
+            f"trained on {source!r}."
+        )
     report = BENCHMARKS[name](pipeline, num_images, seed)
     sampling = pipeline.config.sampling
     return {
@@ -70,7 +79,8 @@ def _scenes(pipeline: Pipeline, num_images: int, seed: int) -> Report:
     images = _draw(pipeline, [prompt.text for prompt in prompts], seed, "drawing prompts")
     result = scenes.score(images, prompts)
     null = _draw(pipeline, [""] * num_images, seed, "drawing the null prompt")
-    shuffled = prompts[1:] + prompts[:1]  # each image with the prompt of another category
+    order = np.random.default_rng(seed).permutation(num_images)
+    shuffled = [prompts[i] for i in order]  # now and then, another prompt asks for the same
     return {
         "score": result["overall"],
         "interval": result["micro"]["interval"],

@@ -11,7 +11,8 @@ the drawing:
    and area, sharp and soft: the best match is its shape, or None if even that is poor.
 
 A generated picture is soft, a little noisy and slightly wrong in colour and outline, which all of
-this allows for. What cannot be read counts as an object, so that clutter satisfies no caption.
+this allows for. What cannot be read (specks, pale or dark things) counts as an object, so that
+clutter satisfies no caption; nor does a background or a colour that is none of the world's.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ _MIN_SIDE = 16
 _ALPHA = 0.45  # opacity from which a pixel is an object's
 _SPECK = 0.014  # share of the canvas below which things are ignored: a third of any object's
 _LITTER = 0.035  # share of the canvas from which ignored things together are not ignored
+_GHOST = 35  # levels off the background from which a pixel shows something, opaque or not
 _MATCH = 0.9  # cosine with the best template below which a shape is unreadable
 _BLUR = 0.033  # standard deviation of the soft templates' blur, in canvases: 0.8 pixels of 24
 _LARGE = 11.5 / 24  # width of an object, in canvases, that parts small from large
@@ -182,8 +184,12 @@ def _read(image: np.ndarray) -> tuple[list[Detection], str | None]:
     alphas, distances = _opacity(difference, background)
     alpha = np.take_along_axis(alphas, distances.argmin(-1)[..., None], -1)[..., 0]
     labels, count = ndimage.label(alpha > _ALPHA)
+    ghosts = np.abs(difference).max(-1) > _GHOST
+    if count:
+        ghosts &= ~ndimage.binary_dilation(labels > 0, iterations=2)
+    clutter = [Detection(None, None, 0.5, 0.5, 0.0, 0.0)]
     if not count:
-        return [], ground_name
+        return clutter if ghosts.mean() > _LITTER else [], ground_name
     masses = ndimage.sum_labels(alpha, labels, np.arange(1, count + 1)) / (height * width)
     kept = np.flatnonzero(masses >= _SPECK) + 1
     nearest = ndimage.distance_transform_edt(
@@ -197,8 +203,8 @@ def _read(image: np.ndarray) -> tuple[list[Detection], str | None]:
         found.append(
             _read_object(difference, background, alpha, labels == k, owner == k, rows, cols)
         )
-    if masses.sum() - masses[kept - 1].sum() > _LITTER:
-        found.append(Detection(None, None, 0.5, 0.5, 0.0, 0.0))
+    if masses.sum() - masses[kept - 1].sum() + ghosts.mean() > _LITTER:
+        found += clutter
     return found, ground_name
 
 
@@ -238,7 +244,9 @@ def _related(first: Detection, second: Detection, relation: str) -> bool:
 def check(image: np.ndarray, prompt: Prompt) -> bool:
     """Whether an image shows a prompt's objects, all and no other, as the prompt describes them."""
     found, ground = _read(image)
-    if len(found) != len(prompt.objects) or prompt.background not in (None, ground):
+    if len(found) != len(prompt.objects) or ground is None:
+        return False
+    if prompt.background not in (None, ground) or any(item.color is None for item in found):
         return False
     if prompt.size and any((item.size > _LARGE) != (prompt.size == "large") for item in found):
         return False

@@ -162,7 +162,8 @@ class DiT(nn.Module):
 
     With prediction 'data' the network's output is an estimate x of the data, and the velocity is
     (z - x) / t: images lie near a surface of few dimensions, noise does not, and so a narrow
-    network need not carry the noise to its output (Li and He, arXiv 2511.13720).
+    network need not carry the noise to its output (Li and He, arXiv 2511.13720). Below t = 0.05 the
+    divisor stays there, so that an error is not magnified without bound.
     """
 
     width: int

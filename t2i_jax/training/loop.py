@@ -1,6 +1,7 @@
 """The training loop: set up, resume, step, watch, save."""
 
 from collections.abc import Iterator
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -21,14 +22,14 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import optimizer, pretrain, state, step
 from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
 
-# What a run may change when it is started again in its working directory.
+# What a run may change when it is started again in its working directory; and train.steps, where
+# the schedule does not end with it.
 _MAY_CHANGE = (
     "name",
     "weights.",
     "data.path",
     "data.num_threads",
     "data.prefetch",
-    "train.steps",
     "train.log_every",
     "checkpoint.",
     "validation.",
@@ -69,7 +70,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     _say(plan.describe(config, workdir, mesh))
     train_source, validation_source = open_data(config)
-    claim(config, workdir)
+    claim(config, workdir, len(train_source))
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, config.checkpoint.keep) as saved:
         make_text_side(config, workdir, mesh, train_source)
         parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
@@ -77,29 +78,50 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
             return _run(parts, saved)
 
 
-def claim(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes a working directory that of `config`: <workdir>/config.json.
+def claim(config: ConfigDict, workdir: epath.Path, samples: int) -> None:
+    """Makes a working directory that of `config`, in <workdir>/config.json, and of its data.
 
-    Raises ConfigError where it is another config's, but for keys that a resumed run may change.
+    Raises ConfigError where it holds a run of another config, but for keys that a resumed run may
+    change, or of another number of training samples: a position would mean another sample.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        before, now = (configs.flat(c) for c in (configs.from_json(path.read_text()), config))
-        changed = [
-            f"{key} = {now.get(key)!r}, was {before.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-        ]
-        if changed:
+    files = {"config.json": configs.to_json(config), "data.json": json.dumps({"samples": samples})}
+    made = any((workdir / part).exists() for part in ("tokenizer", "llm", "checkpoints"))
+    if made and (workdir / "config.json").exists():
+        before = configs.from_json((workdir / "config.json").read_text())
+        if changed := _changes(before, config):
             raise ConfigError(
                 f"{workdir} holds a run of another config: {'; '.join(changed)}. "
                 "Set these back, or give another --workdir."
             )
+    if made and (workdir / "data.json").exists():
+        was = json.loads((workdir / "data.json").read_text())["samples"]
+        if was != samples:
+            raise ConfigError(
+                f"{workdir} holds a run on {was} training samples, now there are {samples}: which "
+                "were held out, and which came when, would differ. Give the data as it was, or "
+                "another --workdir."
+            )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        new = workdir / "config.json.new"
-        new.write_text(configs.to_json(config))
-        new.replace(path)
+        for name, text in files.items():
+            new = workdir / f"{name}.new"
+            new.write_text(text)
+            new.replace(workdir / name)
+
+
+def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
+    """What a run that is resumed must not change, and `now` does."""
+    was, wanted = configs.flat(before), configs.flat(now)
+    free = _MAY_CHANGE
+    if now.optimizer.schedule == "constant":
+        free += ("train.steps",)
+    return [
+        f"{key} = {wanted.get(key)!r}, was {was.get(key)!r}"
+        for key in sorted(was.keys() | wanted.keys())
+        if was.get(key) != wanted.get(key)
+        # Files may move; made by the run itself, or not, is another model.
+        and not (key.startswith(free) and (was.get(key) == "") == (wanted.get(key) == ""))
+    ]
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
@@ -149,6 +171,11 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         for i, (trained, loss) in enumerate(steps, 1):
             params = trained
             if i % 10 == 0 or i == c.steps:
+                if not math.isfinite(float(loss)):
+                    raise NonFiniteError(
+                        f"Step {i} of the language model: loss {float(loss)}. Nothing of it was "
+                        "saved. Lower pretrain.learning_rate, or look at the captions."
+                    )
                 bar.update(i, loss=float(loss))
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, like)
     checkpoint.save_tree(frozen.llm_path(workdir), params)

@@ -23,7 +23,7 @@ _SIDES = {"heads", "kv_heads", "mlp"}  # what faces 'embed' in a matrix of a blo
 
 
 def schedule(peak: float, config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, a plateau, and over the last `decay_steps` a decay to 0.
+    """Linear warm-up from peak / warmup, a plateau, and over the last `decay_steps` a decay to 0.
 
     decay_steps = 0 decays over everything after the warm-up; schedule 'constant' never decays.
     """

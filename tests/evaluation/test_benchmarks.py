@@ -37,7 +37,8 @@ def scenes_oracle(**options) -> Oracle:
 def test_scenes_scores_a_perfect_model_high_and_its_controls_low():
     report = benchmarks.run("scenes", scenes_oracle(), 60, 3)
     assert report["score"] >= 0.95
-    assert report["controls"]["shuffled"] < 0.35  # some held-out prompts are alike
+    # Some prompts are alike: perfect images pass now and then, and not by construction.
+    assert 0 < report["controls"]["shuffled"] < 0.2
     assert report["controls"]["null"] < 0.2
     assert len(report["categories"]) == 6
     assert "control, shuffled" in benchmarks.table(report)
@@ -66,6 +67,11 @@ def test_digits_benchmark_asks_for_every_digit():
     report = benchmarks.run("digits", oracle, 20, 0)
     assert report["score"] > 0.85
     assert set(report["categories"]) == set(WORDS)
+
+
+def test_a_benchmark_is_for_models_of_its_world():
+    with pytest.raises(ValueError, match=r"data\.source = 'digits'"):
+        benchmarks.run("digits", scenes_oracle(), 20, 0)
 
 
 def test_an_unknown_benchmark_is_refused_with_the_nearest():

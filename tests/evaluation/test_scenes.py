@@ -106,6 +106,34 @@ def test_detections_are_where_the_objects_are(size):
             assert near.size == pytest.approx(item.size, rel=0.1)
 
 
+def _over(image, patch, rgb, opacity):
+    """The image with a patch (rows, columns) of a colour over it."""
+    image = image.astype(float)
+    image[patch] += opacity * (np.array(rgb, float) - image[patch])
+    return _to_image(image)
+
+
+def test_nothing_that_the_world_lacks_satisfies_a_caption():
+    ring = ("ring", "red", 0.27, 0.27, 0.36)
+    prompt, corner = Prompt("colors", "", (("ring", "red"),)), np.s_[13:22, 13:22]
+    for background in drawing.BACKGROUNDS:
+        image = _draw(ring, background=background)
+        assert check(image, prompt)
+        for rgb in ((52, 200, 76), (242, 242, 242), (244, 214, 48)):
+            assert not check(_over(image, corner, rgb, 0.42), prompt), (background, rgb)  # pale
+        if background != "black":
+            assert not check(_over(image, corner, (0, 0, 0), 1.0), prompt), background  # dark
+    flat = np.broadcast_to(np.array((250, 0, 250), np.uint8), (24, 24, 3))
+    empty = np.array(_draw()).astype(int)
+    other_ground = _to_image(_draw(ring).astype(int) - empty + flat)
+    assert not check(other_ground, prompt)  # a magenta background
+    teal = drawing.Object(*ring, rgb=(0, 200, 200))
+    scene = drawing.Scene("", (teal,), "black")
+    uncolored = Prompt("single_object", "", (("ring", None),))
+    assert check(_draw(ring), uncolored)
+    assert not check(drawing.render(scene, 24), uncolored)
+
+
 def test_each_demand_of_a_prompt_counts():
     red, blue = ("ring", "red", 0.5, 0.25, 0.36), ("square", "blue", 0.5, 0.72, 0.36)
     image = _draw(red, blue)

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from t2i_jax import checkpoint
+from t2i_jax import checkpoint, frozen
+from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
@@ -21,7 +22,7 @@ from tests import tiny
 def test_a_run_leaves_what_it_promises(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        *("checkpoints", "config.json", "llm", "loss.png", "metrics.jsonl"),
+        *("checkpoints", "config.json", "data.json", "llm", "loss.png", "metrics.jsonl"),
         *("samples", "tensorboard", "tokenizer"),
     }
     assert checkpoint.find(trained)[1] == 4
@@ -105,6 +106,41 @@ def test_another_config_is_refused(trained):
     assert "optimizer.b1 = 0.8, was 0.9" in str(error.value)
     assert "dit.width = 32, was 24" in str(error.value)
     assert "train.steps" not in str(error.value)
+
+
+def test_another_length_is_refused_where_the_schedule_ends_with_it(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    linear = tiny.config(**tiny.WATCHED, optimizer__schedule="linear")
+    (workdir / "config.json").write_text(configs.to_json(linear))
+    longer = tiny.config(**tiny.WATCHED, optimizer__schedule="linear", train__steps=9)
+    with pytest.raises(ConfigError, match=r"train\.steps = 9, was 4"):
+        loop.train(longer, workdir)
+
+
+def test_a_language_model_of_another_origin_is_refused(trained):
+    config = tiny.config(**tiny.WATCHED, weights__llm="elsewhere", weights__tokenizer="elsewhere")
+    with pytest.raises(ConfigError, match=r"weights\.llm = 'elsewhere', was ''"):
+        loop.claim(config, trained, 1_000_000)
+
+
+def test_data_that_grew_is_refused(trained):
+    with pytest.raises(ConfigError, match="1000000 training samples, now there are 1000001"):
+        loop.claim(tiny.config(**tiny.WATCHED), trained, 1_000_001)
+
+
+def test_a_directory_in_which_nothing_was_made_is_free(tmp_path):
+    loop.claim(tiny.config(), tmp_path, 5)
+    loop.claim(tiny.config(seed=3), tmp_path, 6)
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(ConfigError, match="seed = 0, was 3"):
+        loop.claim(tiny.config(), tmp_path, 6)
+
+
+def test_a_language_model_that_diverges_is_not_kept(tmp_path):
+    config = tiny.config(pretrain__learning_rate=1e30)
+    with pytest.raises(loop.NonFiniteError, match=r"pretrain\.learning_rate"):
+        loop.train(config, tmp_path / "run")
+    assert not frozen.llm_path(tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
