@@ -281,8 +281,10 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
     """A caption of a core; a held-out one names all that its key consists of."""
     kind, wish = KINDS[category], draw()
     colored = kind in ("pair", "attribution")
-    if kind in ("count", "relation"):
-        colored = wish < 0.7 or held_out
+    if kind == "count":
+        colored = wish < 0.8 or held_out
+    elif kind == "relation":  # learned from the plain ones first
+        colored = wish < 0.4 or held_out
     setting = kind == "setting"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
     named = draw() < (0.2 if colored else 0.5)
