@@ -72,10 +72,10 @@ def get_config() -> ConfigDict:
         prompts=(  # combinations that training never shows, one or two of each category
             "just a small cross on a brown background",
             "a large cross, black background",
-            "a triangle and a ring",
+            "a ring and a square against a black background",
             "a picture of three green squares",
             "a drawing of a large blue cross",
-            "a red ring to the right of a white square",
+            "a red ring to the left of a purple cross",
             "a picture of a green cross over a green ring",
             "there is one blue square and a purple triangle",
         ),

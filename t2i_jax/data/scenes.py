@@ -79,7 +79,7 @@ def _core_keys(core: _Core) -> set[tuple]:
     elif first == last:
         found.add(("count", len(core.things), *first))
     else:
-        found.add(("shapes", frozenset((first[1], last[1]))))
+        found.add(("shapes", frozenset((first[1], last[1])), core.background))
         if first[0] != last[0]:
             found.add(("attribution", frozenset((first, last))))
         if core.relation:
@@ -94,9 +94,9 @@ def keys(scene: Scene) -> set[tuple]:
     """The combinations that a scene shows, read from its objects and not from its caption.
 
     ('pair', colour, shape), ('setting', shape, size, background), ('count', n, colour, shape),
-    ('shapes', {shape, shape}), ('attribution', {thing, thing}) and ('relation', thing, relation,
-    thing), where a thing is (colour, shape). A relation is told from the thing that sorts first, so
-    that "A above B" and "B below A" are one key.
+    ('shapes', {shape, shape}, background), ('attribution', {thing, thing}) and ('relation', thing,
+    relation, thing), where a thing is (colour, shape). A relation is told from the thing that sorts
+    first, so that "A above B" and "B below A" are one key.
     """
     things = tuple((item.color, item.shape) for item in scene.objects)
     relation = drawing.relation_of(*scene.objects) if len(things) == 2 else None
@@ -132,7 +132,7 @@ _HELD_OUT_PAIRS = {
     "triangle": "green",
     "cross": "blue",
 }
-_HELD_OUT_SHAPES = frozenset(("ring", "triangle"))
+_PAIRS_OF_SHAPES = tuple(map(frozenset, itertools.combinations(SHAPES, 2)))
 
 
 def _stable_hash(*parts) -> int:
@@ -140,12 +140,13 @@ def _stable_hash(*parts) -> int:
 
 
 def _is_held_out(kind: str, *rest) -> bool:
-    """The rule behind `HELD_OUT`: about one combination in five or six of each kind."""
+    """The rule behind `HELD_OUT`: about one combination in five of each kind."""
     match kind, *rest:
         case "pair", color, shape:
             return _HELD_OUT_PAIRS[shape] == color
-        case "shapes", shapes:
-            return shapes == _HELD_OUT_SHAPES
+        case "shapes", shapes, background:
+            place = _PAIRS_OF_SHAPES.index(shapes) + 2 * BACKGROUNDS.index(background)
+            return place % 5 == 0
         case "count", n, color, shape:
             return (n + COLORS.index(color) + SHAPES.index(shape)) % 5 == 0
         case "setting", shape, size, background:
@@ -284,11 +285,11 @@ def _write(category: str, core: _Core, held_out: bool, draw: Draws) -> Prompt:
     if kind == "count":
         colored = wish < 0.8 or held_out
     elif kind == "relation":  # learned from the plain ones first
-        colored = wish < 0.4 or held_out
+        colored = wish < 0.5 or held_out
     setting = kind == "setting"
     size = core.size if core.size in _SIZED and (draw() < 0.6 or (setting and held_out)) else None
     named = draw() < (0.2 if colored else 0.5)
-    named = named or (setting and held_out)
+    named = named or (held_out and kind in ("setting", "shapes"))
     while True:
         if category == "counting":
             text = _write_count(core, colored, draw)

@@ -38,17 +38,17 @@ def test_the_streams_are_pinned():
     for split in scenes.SPLITS:
         for i in range(100):
             captions = zlib.crc32(Scenes(split=split).caption(i).encode(), captions)
-    assert captions == 3595974119
+    assert captions == 3434767133
     first, second = Scenes(split="heldout").scene(4).objects
     assert (first.shape, first.color, second.shape, second.color) == (
         "ring",
         "red",
-        "square",
-        "white",
+        "cross",
+        "purple",
     )
     places = [first.x, first.y, first.size, second.x, second.y, second.size]
     assert places == pytest.approx(
-        [0.746458, 0.486270, 0.410377, 0.249316, 0.482063, 0.396464], abs=1e-6
+        [0.267291, 0.486270, 0.410377, 0.728482, 0.482063, 0.396464], abs=1e-6
     )
 
 
@@ -81,15 +81,20 @@ def test_a_held_out_prompt_tests_its_own_kind_of_combination():
         seen[kind] |= scenes.keys(scene) & HELD_OUT[kind]
         named = [color for _, color in prompt.objects]
         assert all(named) == (kind not in ("setting", "shapes"))
-        if kind == "setting":
-            assert prompt.background and prompt.size
+        if kind in ("setting", "shapes"):
+            assert prompt.background and (prompt.size or kind == "shapes")
         assert bool(prompt.relation) == (kind == "relation")
     assert seen["setting"] == HELD_OUT["setting"] and seen["pair"] == HELD_OUT["pair"]
     assert seen["shapes"] == HELD_OUT["shapes"]
 
 
 def test_the_held_out_combinations_are_fixed():
-    assert HELD_OUT["shapes"] == {("shapes", frozenset({"ring", "triangle"}))}
+    assert HELD_OUT["shapes"] == {
+        ("shapes", frozenset({"ring", "square"}), "black"),
+        ("shapes", frozenset({"ring", "triangle"}), "brown"),
+        ("shapes", frozenset({"square", "triangle"}), "grey"),
+        ("shapes", frozenset({"triangle", "cross"}), "black"),
+    }
     assert {key[1:] for key in HELD_OUT["pair"]} == {
         ("yellow", "ring"),
         ("purple", "square"),
@@ -114,7 +119,7 @@ def test_keys_tell_a_relation_once():
     expected = {
         ("pair", "red", "ring"),
         ("pair", "blue", "square"),
-        ("shapes", frozenset({"ring", "square"})),
+        ("shapes", frozenset({"ring", "square"}), "black"),
         ("attribution", frozenset({("red", "ring"), ("blue", "square")})),
         ("relation", ("blue", "square"), "below", ("red", "ring")),
     }
