@@ -60,15 +60,15 @@ def get_config() -> ConfigDict:
     )
     config.ema.update(decay=0.995, every=1, warmup=True)
     config.train.update(
-        steps=3200, batch_size=32, dtype="float32", frozen_dtype="float32", log_every=1
+        steps=2800, batch_size=32, dtype="float32", frozen_dtype="float32", log_every=1
     )
-    config.checkpoint.update(every=800, keep=2)
+    config.checkpoint.update(every=700, keep=2)
     config.validation.update(every=400)
     config.sampling.update(
         steps=25,
         guidance=4.0,
         batch_size=100,
-        every=1600,
+        every=1400,
         prompts=(  # combinations that training never shows, one or two of each category
             "just a small cross on a brown background",
             "a large cross, black background",
