@@ -95,7 +95,8 @@ def base() -> ConfigDict:
 
 def _roots() -> list[Path]:
     """Where a checkout may be."""
-    return [Path(sys.argv[0]).resolve().parent.parent, Path(__file__).resolve().parent.parent]
+    files = (sys.argv[0], __file__)
+    return list(dict.fromkeys(Path(file).resolve().parent.parent for file in files))
 
 
 def load(path: str) -> ConfigDict:

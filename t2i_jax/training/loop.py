@@ -11,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 
 from t2i_jax import build, checkpoint, frozen, plan, sharding
 from t2i_jax import config as configs
@@ -171,10 +172,12 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         for i, (trained, loss) in enumerate(steps, 1):
             params = trained
             if i % 10 == 0 or i == c.steps:
-                if not math.isfinite(float(loss)):
+                norm = float(optax.tree.norm(params))
+                if not math.isfinite(float(loss) + norm):
                     raise NonFiniteError(
-                        f"Step {i} of the language model: loss {float(loss)}. Nothing of it was "
-                        "saved. Lower pretrain.learning_rate, or look at the captions."
+                        f"Step {i} of the language model: loss {float(loss)}, parameter norm "
+                        f"{norm}. Nothing of it was saved. Lower pretrain.learning_rate, or look "
+                        "at the captions."
                     )
                 bar.update(i, loss=float(loss))
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, like)

@@ -132,7 +132,7 @@ def test_a_directory_in_which_nothing_was_made_is_free(tmp_path):
     loop.claim(tiny.config(), tmp_path, 5)
     loop.claim(tiny.config(seed=3), tmp_path, 6)
     (tmp_path / "llm").mkdir()
-    with pytest.raises(ConfigError, match="seed = 0, was 3"):
+    with pytest.raises(ConfigError, match="seed = 42, was 3"):
         loop.claim(tiny.config(), tmp_path, 6)
 
 
