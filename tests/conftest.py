@@ -10,6 +10,9 @@ if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # unkn
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's thread pool has this many threads, by default one a core. A collective blocks its thread
+# until all devices take part: two devices on two threads, with two collectives each, wait for ever.
+os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 import pytest  # noqa: E402
