@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
         schedule="linear",
         warmup_steps=40,
         decay_steps=0,
-        weight_decay=0.3,  # combinations that it never saw gain most
+        weight_decay=0.3,  # docs/architecture.md says why
     )
     config.ema.update(decay=0.995, every=1, warmup=True)
     config.train.update(

@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """Six layers of width 256 on 64 tokens of 8 x 8 pixels: about 20 images a second a core."""
+    """Six layers of width 256 on 64 tokens of 8 x 8 pixels."""
     config = base.get_config().unlock()
     config.name = "small_64"
     config.weights.update(llm="", tokenizer="", autoencoder="")

@@ -33,7 +33,6 @@ def main(_):
     from t2i_jax.training.metrics import Progress
 
     out, prompts = cli.output(OUT.value, ".png"), list(PROMPT.value)
-    pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     if PROMPTS_FILE.value:
         file = epath.Path(PROMPTS_FILE.value)
         if not file.is_file():
@@ -42,6 +41,7 @@ def main(_):
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise MissingError(f"--prompts_file={PROMPTS_FILE.value} holds no prompt.")
+    pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     prompts = prompts or list(pipeline.config.sampling.prompts)
     columns = min(8, len(prompts))  # a prompt a column, where they fit
     prompts *= NUM_IMAGES.value
