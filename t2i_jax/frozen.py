@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 from t2i_jax import build, checkpoint, sharding
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
-from t2i_jax.interop import huggingface
+from t2i_jax.interop.autoencoder import load_autoencoder
+from t2i_jax.interop.directory import find_weights
+from t2i_jax.interop.llm import load_llm
 from t2i_jax.models.autoencoder import Autoencoder
 
 
@@ -38,14 +40,14 @@ def missing(config: ConfigDict) -> list[str]:
     """One message for every file that the config names and that is not there."""
     problems = []
     if config.weights.llm:
-        problems += huggingface.find_weights(config.weights.llm, "llm")
+        problems += find_weights(config.weights.llm, "llm")
     if config.weights.tokenizer:
         try:
             Tokenizer.load(config.weights.tokenizer)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     if config.autoencoder.kind != "identity":
-        problems += huggingface.find_weights(config.weights.autoencoder, "autoencoder")
+        problems += find_weights(config.weights.autoencoder, "autoencoder")
     return problems
 
 
@@ -69,13 +71,13 @@ def load(
     if config.weights.llm:
         with _users_files():
             places = jax.tree.map(lambda x: x.sharding, like)
-            llm = huggingface.load_gemma(config.weights.llm, config.llm, places, dtype)
+            llm = load_llm(config.weights.llm, config.llm, places, dtype)
     else:
         llm = checkpoint.load_tree(llm_path(workdir), like)
     if config.autoencoder.kind == "identity":
         return tokenizer, build.make_autoencoder(config), {"llm": llm, "autoencoder": {}}
     with _users_files():
-        net, params = huggingface.load_autoencoder(
+        net, params = load_autoencoder(
             config.weights.autoencoder,
             dtype,
             config=config.autoencoder,

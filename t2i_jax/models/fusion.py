@@ -34,7 +34,7 @@ class TextToImageModel(nn.Module):
 
     def remember(self, features: TextFeatures) -> TextMemory:
         """The memory that the DiT sees of it."""
-        return deep(features, self.dit.num_layers)
+        return deep(features, self.dit.num_layers, self.dit.rope_theta)
 
     def encode_text(self, ids_BT: jax.Array, mask_BT: jax.Array) -> TextMemory:
         """(B, T) right-padded ids and mask -> TextMemory."""

@@ -37,8 +37,8 @@ class LLMBlock(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = layers.QKV(
             self.num_heads, self.num_kv_heads, self.head_width, name="attention", **both
         )(h_BTD)
-        q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-        a_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_BTT, scale=self.head_width**-0.5)
+        turned = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+        a_BTNH = attend(*turned, v_BTKH, mask_BTT, scale=self.head_width**-0.5)
         x_BTD = x_BTD + layers.output_projection(a_BTNH, width, name="attention_out", **both)
         h_BTD = layers.RMSNorm(self.norm_eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + layers.GatedMLP(width, self.mlp_width, name="mlp", **both)(h_BTD)

@@ -10,13 +10,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from t2i_jax.models.positions import rotate, text_angles
+
 
 @flax.struct.dataclass
 class TextFeatures:
     """What the frozen language model read.
 
     Attributes:
-      keys_LBTKH: keys of every layer, rotated to their positions (L, B, T, K, H).
+      keys_LBTKH: keys of every layer (L, B, T, K, H), before they are turned to their positions.
       values_LBTKH: values of every layer.
       hidden_BTD: the final, normalised hidden state.
       mask_BT: True at real tokens.
@@ -48,8 +50,10 @@ class TextMemory:
         return jnp.sum(self.mask_BT, axis=-1)
 
 
-def deep(features: TextFeatures, num_layers: int) -> TextMemory:
+def deep(features: TextFeatures, num_layers: int, rope_theta: float) -> TextMemory:
     """Deep fusion: DiT layer i sees the LLM's own keys and values of its layer L - num_layers + i.
+
+    The keys are turned to their positions 0..T-1, as the LLM's own attention turns them.
 
     Raises ValueError where the DiT has more layers than the LLM.
     """
@@ -59,8 +63,11 @@ def deep(features: TextFeatures, num_layers: int) -> TextMemory:
             f"A DiT of {num_layers} layers cannot share the {available} layers of its LLM; "
             "set dit.num_layers to at most llm.num_layers."
         )
+    keys_LBTKH = features.keys_LBTKH[available - num_layers :]
+    length, _, head_width = keys_LBTKH.shape[2:]
+    angles = text_angles(length, head_width, rope_theta)
     return TextMemory(
-        keys_LBTKH=features.keys_LBTKH[available - num_layers :],
+        keys_LBTKH=jax.vmap(rotate, (0, None))(keys_LBTKH, angles),
         values_LBTKH=features.values_LBTKH[available - num_layers :],
         mask_BT=features.mask_BT,
     )

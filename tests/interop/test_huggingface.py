@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from t2i_jax import sharding
-from t2i_jax.interop import huggingface, safetensors
+from t2i_jax.interop import directory, safetensors
+from t2i_jax.interop.autoencoder import load_autoencoder
+from t2i_jax.interop.llm import load_llm
 from t2i_jax.models.autoencoder import AutoencoderKL
 from t2i_jax.models.llm import LLM
 
@@ -104,25 +106,25 @@ def write_bfloat16(tensors, file):
     file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def write(directory, config, tensors, stem="model", shards=1, writer=save_file):
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
+def write(folder, config, tensors, stem="model", shards=1, writer=save_file):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
-        writer(tensors, directory / f"{stem}.safetensors")
-        return directory
+        writer(tensors, folder / f"{stem}.safetensors")
+        return folder
     weight_map = {}
     for k in range(shards):
         names = list(tensors)[k::shards]
         file = f"{stem}-{k + 1:05}-of-{shards:05}.safetensors"
-        writer({name: tensors[name] for name in names}, directory / file)
+        writer({name: tensors[name] for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (directory / f"{stem}.safetensors.index.json").write_text(index)
-    return directory
+    (folder / f"{stem}.safetensors.index.json").write_text(index)
+    return folder
 
 
-def write_vae(directory, config=VAE_JSON, tensors=None):
-    return write(directory, config, tensors or vae_tensors(), "diffusion_pytorch_model")
+def write_vae(folder, config=VAE_JSON, tensors=None):
+    return write(folder, config, tensors or vae_tensors(), "diffusion_pytorch_model")
 
 
 def gemma_forward(tensors, ids):
@@ -159,7 +161,7 @@ def gemma_forward(tensors, ids):
 
 def refused(path, *texts):
     with pytest.raises(ValueError) as error:
-        huggingface.load_gemma(path, LLM_CONFIG)
+        load_llm(path, LLM_CONFIG)
     assert all(text in str(error.value) for text in texts), error.value
     return str(error.value)
 
@@ -174,8 +176,8 @@ def test_gemma_is_numpys(tmp_path, shards, prefix):
     tensors = gemma_tensors(prefix)
     stored = tensors | {"lm_head.weight": np.ones((40, 24), "f4")}
     write(tmp_path, GEMMA_JSON, stored, shards=shards)
-    assert huggingface.find_weights(tmp_path, "llm") == []
-    params = huggingface.load_gemma(tmp_path, LLM_CONFIG, dtype="float32")
+    assert directory.find_weights(tmp_path, "llm") == []
+    params = load_llm(tmp_path, LLM_CONFIG, dtype="float32")
     ids = np.random.default_rng(1).integers(0, 40, (2, 9))
     mask = np.arange(9) < np.array([[9], [6]])
     features = jax.jit(LLM(**LLM_CONFIG).apply)({"params": params}, ids, mask)
@@ -188,7 +190,7 @@ def test_gemma_is_numpys(tmp_path, shards, prefix):
 def test_gemma_tensors_are_where_they_belong_in_bfloat16(tmp_path, writer):
     tensors = gemma_tensors()
     write(tmp_path, GEMMA_JSON, tensors, shards=2, writer=writer)
-    params = flatten_dict(huggingface.load_gemma(tmp_path, LLM_CONFIG), sep="/")
+    params = flatten_dict(load_llm(tmp_path, LLM_CONFIG), sep="/")
     exact = {name: np.float32(x.astype(jnp.bfloat16)) for name, x in tensors.items()}
     assert all(x.dtype == jnp.bfloat16 for x in params.values())
     q = exact["model.layers.1.self_attn.q_proj.weight"]
@@ -212,14 +214,14 @@ def test_gemma_goes_to_its_shardings(tmp_path, monkeypatch):
     reads = []
     read = safetensors.Tensor.read
     monkeypatch.setattr(safetensors.Tensor, "read", lambda t: reads.append(t.start) or read(t))
-    params = huggingface.load_gemma(tmp_path, LLM_CONFIG, shardings, "float32")
+    params = load_llm(tmp_path, LLM_CONFIG, shardings, "float32")
     assert len(reads) == 2 + 3 * 9  # each tensor once
-    plain = huggingface.load_gemma(tmp_path, LLM_CONFIG, dtype="float32")
+    plain = load_llm(tmp_path, LLM_CONFIG, dtype="float32")
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, shardings))
     jax.tree.map(np.testing.assert_array_equal, params, plain)
     assert params["embed"]["weight"].addressable_shards[0].data.shape == (40, 24 // mesh.size)
     with pytest.raises(ValueError, match="Shardings of"):
-        huggingface.load_gemma(tmp_path, LLM_CONFIG, {"embed": shardings["embed"]})
+        load_llm(tmp_path, LLM_CONFIG, {"embed": shardings["embed"]})
 
 
 def test_config_disagreements_are_all_named(tmp_path):
@@ -248,8 +250,8 @@ def test_other_tensors_are_refused(tmp_path):
 
 def test_missing_weights_say_what_to_fetch(tmp_path):
     def problem(path, kind="llm"):
-        (text,) = huggingface.find_weights(path, kind)
-        load = huggingface.load_gemma if kind == "llm" else huggingface.load_autoencoder
+        (text,) = directory.find_weights(path, kind)
+        load = load_llm if kind == "llm" else load_autoencoder
         with pytest.raises(FileNotFoundError) as error:
             load(path, LLM_CONFIG if kind == "llm" else jnp.float32)
         assert str(error.value) == text
@@ -272,7 +274,7 @@ def test_missing_weights_say_what_to_fetch(tmp_path):
     assert problem(tmp_path / "sd3" / "vae", "autoencoder").endswith(command)
     assert problem(tmp_path / "sd3", "autoencoder").endswith(command)
     with pytest.raises(ValueError, match="kind of weights 'clip'"):
-        huggingface.find_weights(path, "clip")
+        directory.find_weights(path, "clip")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "a.bin", "a/", 7])
@@ -282,7 +284,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path, name):
     index = tmp_path / "weights" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     refused(tmp_path / "weights", "beside it")
-    assert "beside it" in huggingface.find_weights(tmp_path / "weights", "llm")[0]
+    assert "beside it" in directory.find_weights(tmp_path / "weights", "llm")[0]
 
 
 def entry(**change):
@@ -346,8 +348,8 @@ def test_autoencoder_tensors_are_where_they_belong(tmp_path, old):
     qkvo = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")
     tensors = vae_tensors(qkvo=qkvo)
     write_vae(tmp_path / "vae", tensors=tensors)
-    assert huggingface.find_weights(tmp_path, "autoencoder") == []  # its vae/ is meant
-    net, params = huggingface.load_autoencoder(tmp_path, config=SECTION)
+    assert directory.find_weights(tmp_path, "autoencoder") == []  # its vae/ is meant
+    net, params = load_autoencoder(tmp_path, config=SECTION)
     assert net == AutoencoderKL(2, (8, 16), 1, 4, True, True, jnp.dtype("float32"))
     params = flatten_dict(params, sep="/")
     for theirs, ours in AUTOENCODER_NAMES.items():
@@ -366,7 +368,7 @@ def test_autoencoder_tensors_are_where_they_belong(tmp_path, old):
 def test_autoencoder_without_quant_convolutions(tmp_path):
     config = VAE_JSON | {"use_quant_conv": False, "use_post_quant_conv": False}
     write_vae(tmp_path / "vae", config, vae_tensors(quant=False))
-    net, params = huggingface.load_autoencoder(tmp_path / "vae", "bfloat16")
+    net, params = load_autoencoder(tmp_path / "vae", "bfloat16")
     assert params.keys() == {"encoder", "decoder"} and net.dtype == jnp.bfloat16
     assert not net.use_quant_conv and not net.use_post_quant_conv
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
@@ -390,7 +392,7 @@ def test_autoencoder_without_quant_convolutions(tmp_path):
 def test_other_autoencoders_are_refused(tmp_path, change, message):
     write_vae(tmp_path, VAE_JSON | change)
     with pytest.raises(ValueError, match=message):
-        huggingface.load_autoencoder(tmp_path, config=SECTION)
+        load_autoencoder(tmp_path, config=SECTION)
 
 
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[]", "be a JSON object")])
