@@ -43,16 +43,24 @@ def get_config() -> ConfigDict:
         0  # of the tokenizer trained on the captions (weights.tokenizer '')
     )
 
+    # What the DiT sees of the text (t2i_jax/models/memory.py).
+    config.memory = ConfigDict()
+    config.memory.source = "deep"  # 'deep' | 'shallow' | 'middle' | 'mixture'
+    config.memory.first_layer = 0  # of the layers shared by 'middle', which end with the LLM's last
+
     # The trained diffusion transformer. Heads, rope_theta and norm_eps are the LLM's.
     config.dit = ConfigDict()
     config.dit.width = 2048  # D
-    config.dit.num_layers = 18  # the last num_layers layers of the LLM are shared
+    config.dit.num_layers = 18  # a 'deep' source shares the last num_layers layers of the LLM
     config.dit.mlp_width = 16_384  # F; the published models take the LLM's
     config.dit.patch_size = 2  # P, in latent pixels
+    config.dit.attention = "joint"  # 'joint' (one softmax over [text; image]) | 'cross'
     config.dit.positions = "2d-rope"  # '1d-rope' | '2d-rope' | 'm-rope' | 'none', of image tokens
     config.dit.table_size = 0  # side, in patches, of a table of absolute positions; 0 = no table
     config.dit.table_range = 16.0  # over which rows and columns of the table run
-    config.dit.conditioning = "adaln-zero"  # 'adaln-zero' | 'none': how the timestep enters
+    # How the time enters: 'adaln-zero' | 'adaln-single' | 'addition' | 'none'.
+    config.dit.conditioning = "adaln-zero"
+    config.dit.pooled_width = 0  # of a pooled text embedding added to the time's; 0 = none
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP

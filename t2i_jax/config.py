@@ -21,18 +21,22 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
-from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
+from t2i_jax.models.conditioning import CONDITIONING
+from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
 from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder.kind": ("kl", "identity"),
     "data.source": tuple(SOURCES),
+    "dit.attention": tuple(ATTENTIONS),
     "dit.conditioning": tuple(CONDITIONING),
     "dit.positions": tuple(IMAGE_POSITIONS),
     "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
+    "memory.source": tuple(MEMORY_SOURCES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
     "train.dtype": ("float32", "bfloat16"),
@@ -54,7 +58,9 @@ RANGES: dict[str, _Range] = {
         lambda x: x == 0 or x >= 260,
         "0, or at least 260: the bytes and the special tokens",
     ),
+    "memory.first_layer": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
+    "dit.pooled_width": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
     "flow.time_mean": (lambda x: True, "finite"),
     "data.caption_dropout": _RATE,
@@ -215,15 +221,11 @@ def _divides(config: ConfigDict, whole: str, part: str) -> Iterator[str]:
 
 
 def _model_rules(config: ConfigDict) -> Iterator[str]:
-    llm, dit, weights, autoencoder = config.llm, config.dit, config.weights, config.autoencoder
+    llm, weights, autoencoder = config.llm, config.weights, config.autoencoder
     yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
     if llm.head_width % 4:
         yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
-    if dit.num_layers > llm.num_layers:
-        yield (
-            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
-            "a layer of the DiT shares one of the LLM"
-        )
+    yield from _memory_rules(config)
     if not weights.llm and not config.pretrain.steps:
         yield "weights.llm = '' and pretrain.steps = 0: an LLM is loaded or trained here"
     if weights.llm and not weights.tokenizer:
@@ -249,6 +251,32 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             )
     elif not weights.autoencoder:
         yield f"weights.autoencoder = '', but autoencoder.kind = {autoencoder.kind!r} needs weights"
+
+
+def _memory_rules(config: ConfigDict) -> Iterator[str]:
+    memory, dit, llm = config.memory, config.dit, config.llm
+    if memory.source in ("deep", "mixture") and dit.num_layers > llm.num_layers:
+        yield (
+            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
+            f"a layer of the DiT shares one of the LLM (memory.source = {memory.source!r})"
+        )
+    if memory.source == "middle":
+        if not memory.first_layer < llm.num_layers <= dit.num_layers:
+            yield (
+                f"memory.source = 'middle' shares the layers from memory.first_layer = "
+                f"{memory.first_layer} to the last of llm.num_layers = {llm.num_layers}; there "
+                f"must be one, and dit.num_layers = {dit.num_layers} must have them"
+            )
+    elif memory.first_layer:
+        yield (
+            f"memory.first_layer = {memory.first_layer}, but memory.source = {memory.source!r} "
+            "does not read it"
+        )
+    if dit.pooled_width and dit.conditioning == "none":
+        yield (
+            f"dit.pooled_width = {dit.pooled_width}, but dit.conditioning = 'none' has nothing "
+            "that a pooled embedding is added to"
+        )
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:

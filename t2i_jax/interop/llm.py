@@ -73,3 +73,13 @@ def load_llm(
     unused = {"lm_head.weight"}  # tied to the embedding
     shapes = shapes_of(LLM(**llm).init, ids, ids)
     return load(directory, tensors, shapes, rules, shardings, dtype, unused=unused)
+
+
+def section(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Their config.json -> the config's section `llm`."""
+    return {ours: theirs[name] for ours, name in GEMMA_CONFIG.items()}
+
+
+def rules(theirs: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """Where each parameter of the language model of this config.json is."""
+    return GEMMA
