@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
-from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dit.positions": tuple(IMAGE_POSITIONS),
     "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
+    "llm.activation": tuple(ACTIVATIONS),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
     "train.dtype": ("float32", "bfloat16"),
@@ -54,6 +55,10 @@ RANGES: dict[str, _Range] = {
         lambda x: x == 0 or x >= 260,
         "0, or at least 260: the bytes and the special tokens",
     ),
+    "llm.norm_offset": (lambda x: x in (0, 1), "1 or 0"),
+    "llm.query_scalar": _OR_ZERO,
+    "llm.softcap": _OR_ZERO,
+    "llm.logit_softcap": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
     "flow.time_mean": (lambda x: True, "finite"),
@@ -219,6 +224,12 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
     yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
     if llm.head_width % 4:
         yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
+    plain = not llm.softcap and llm.query_scalar in (0, llm.head_width)
+    if llm.softcap_shared and plain:
+        yield (
+            f"llm.softcap_shared = True, but llm.softcap = {llm.softcap} and llm.query_scalar = "
+            f"{llm.query_scalar} leave nothing to share"
+        )
     if dit.num_layers > llm.num_layers:
         yield (
             f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
@@ -253,6 +264,11 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
     data = config.data
+    if data.max_text_tokens > config.llm.max_tokens:
+        yield (
+            f"data.max_text_tokens = {data.max_text_tokens} is more than llm.max_tokens = "
+            f"{config.llm.max_tokens}, up to which the language model is exact"
+        )
     cell = config.autoencoder.downsample * config.dit.patch_size
     if cell > 0 and data.image_size % cell:
         yield (

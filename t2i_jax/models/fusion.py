@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.models.dit import DiT
-from t2i_jax.models.llm import LLM
+from t2i_jax.models.llm import LLM, from_config
 from t2i_jax.models.memory import TextFeatures, TextMemory, deep
 
 FROZEN = ("llm",)  # top-level parts of the parameters that are never trained
@@ -58,7 +58,7 @@ def build(
     """
     shared = ("num_heads", "num_kv_heads", "head_width", "rope_theta", "norm_eps")
     return TextToImageModel(
-        llm=LLM(**llm, dtype=dtype),
+        llm=from_config(llm, dit["num_layers"], dtype),
         dit=DiT(**dit, **{key: llm[key] for key in shared}, channels=channels, dtype=dtype),
     )
 
