@@ -206,7 +206,7 @@ def _resolve(theirs: Mapping[str, Any], source: Any) -> tuple[str, dict, tuple[s
     """(Name of the family, their fields, what the names of their tensors may start with)."""
     kind, prefixes = theirs.get("model_type"), ("model.", "")
     if kind == "paligemma":
-        # As published; as transformers has saved it since.
+        # As published; as some versions of transformers save it.
         prefixes = ("language_model.model.", "model.language_model.")
         theirs = theirs.get("text_config")
         theirs = dict(theirs) if isinstance(theirs, dict) else {}
