@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
     config.weights.tokenizer = "weights/gemma-2b"  # directory with tokenizer.json
     config.weights.autoencoder = "weights/sd3-vae"  # diffusers AutoencoderKL directory
 
-    # The frozen language model (Gemma 2B). The DiT shares its heads: N, K and H.
+    # The frozen language model (Gemma 2B; other families differ in these keys). With
+    # weights.llm it is what that directory's config.json says, or its first num_layers layers; the
+    # DiT shares its heads: N, K and H.
     config.llm = ConfigDict()
     config.llm.vocab_size = 256_000  # V
     config.llm.width = 2048  # D
@@ -32,6 +34,16 @@ def get_config() -> ConfigDict:
     config.llm.mlp_width = 16_384  # F
     config.llm.rope_theta = 10_000.0  # base of the rotary frequencies
     config.llm.norm_eps = 1e-6  # RMSNorm epsilon
+    config.llm.norm_offset = 1.0  # RMSNorm's factor is this + weight: 1, or 0 for Qwen3
+    config.llm.activation = "gelu"  # 'gelu' (its tanh form) | 'silu': of the gated MLP
+    config.llm.scale_embedding = True  # times sqrt(width)
+    config.llm.post_norms = False  # RMSNorm after attention and after the MLP too (Gemma 2)
+    config.llm.qk_norm = False  # RMSNorm of every head's queries and keys (Qwen3)
+    config.llm.query_scalar = 0.0  # scores are scaled by this**-0.5; 0 = head_width
+    config.llm.softcap = 0.0  # c: a scaled score s becomes c tanh(s / c); 0 = none, Gemma 2: 50
+    config.llm.softcap_shared = False  # in layers that the DiT shares, too; published: no
+    config.llm.logit_softcap = 0.0  # the same of the next token's logits; 0 = none, Gemma 2: 30
+    config.llm.max_tokens = 8192  # longest text for which this is the published network, BOS too
     config.llm.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # Pre-training of the language model, used when weights.llm is ''.

@@ -23,7 +23,7 @@ from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.conditioning import CONDITIONING
 from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
-from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dit.positions": tuple(IMAGE_POSITIONS),
     "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
+    "llm.activation": tuple(ACTIVATIONS),
     "memory.source": tuple(MEMORY_SOURCES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
@@ -58,6 +59,10 @@ RANGES: dict[str, _Range] = {
         lambda x: x == 0 or x >= 260,
         "0, or at least 260: the bytes and the special tokens",
     ),
+    "llm.norm_offset": (lambda x: x in (0, 1), "1 or 0"),
+    "llm.query_scalar": _OR_ZERO,
+    "llm.softcap": _OR_ZERO,
+    "llm.logit_softcap": _OR_ZERO,
     "memory.first_layer": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
     "dit.pooled_width": _OR_ZERO,
@@ -225,6 +230,12 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
     yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
     if llm.head_width % 4:
         yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
+    plain = not llm.softcap and llm.query_scalar in (0, llm.head_width)
+    if llm.softcap_shared and plain:
+        yield (
+            f"llm.softcap_shared = True, but llm.softcap = {llm.softcap} and llm.query_scalar = "
+            f"{llm.query_scalar} leave nothing to share"
+        )
     yield from _memory_rules(config)
     if not weights.llm and not config.pretrain.steps:
         yield "weights.llm = '' and pretrain.steps = 0: an LLM is loaded or trained here"
@@ -281,6 +292,11 @@ def _memory_rules(config: ConfigDict) -> Iterator[str]:
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
     data = config.data
+    if data.max_text_tokens > config.llm.max_tokens:
+        yield (
+            f"data.max_text_tokens = {data.max_text_tokens} is more than llm.max_tokens = "
+            f"{config.llm.max_tokens}, up to which the language model is exact"
+        )
     cell = config.autoencoder.downsample * config.dit.patch_size
     if cell > 0 and data.image_size % cell:
         yield (

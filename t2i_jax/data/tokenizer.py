@@ -15,6 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from t2i_jax.interop.directory import fetch_command
+
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _USUAL = {  # where tokenizer_config.json does not say; the first that the vocabulary has
@@ -56,9 +58,8 @@ class Tokenizer:
             state = f"it holds {found[:8]}" if directory.is_dir() else "there is no such directory"
             raise FileNotFoundError(
                 f"No tokenizer: looked for {_FILE} in {os.fspath(directory)} (weights.tokenizer), "
-                f"{state}. Fetch it with `hf download google/gemma-2b --local-dir "
-                f"{os.fspath(directory)}` (accept its licence first), or set weights.tokenizer to "
-                "'' to train one on the captions."
+                f"{state}. Fetch it with `{fetch_command(directory, 'llm')}` (accept its licence "
+                "first), or set weights.tokenizer to '' to train one on the captions."
             )
         config = directory / _CONFIG
         try:

@@ -15,11 +15,9 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
 
-_FETCH = {
-    "llm": "hf download google/gemma-2b --local-dir {}",
-    "autoencoder": "hf download stabilityai/stable-diffusion-3-medium-diffusers "
-    '--include "vae/*" --local-dir {}',
-}
+_KINDS = ("llm", "autoencoder")
+_AUTOENCODER = 'stabilityai/stable-diffusion-3-medium-diffusers --include "vae/*"'
+_OWNERS = {"gemma-": "google", "paligemma-": "google", "Qwen3-": "Qwen"}  # of repositories
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,13 +28,27 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
 
     `kind` is 'llm' or 'autoencoder'. Looks at which files there are; opens an index at most.
     """
-    if kind not in _FETCH:
-        raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_FETCH)}.")
+    if kind not in _KINDS:
+        raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_KINDS)}.")
     try:
         find(path, kind)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
     return []
+
+
+def fetch_command(path: epath.PathLike, kind: str) -> str:
+    """What to type to get weights of the kind into `path`.
+
+    A language model's repository is told from the name of its directory ('weights/gemma-2-2b'), as
+    far as that goes.
+    """
+    path = epath.Path(path)
+    source = _AUTOENCODER
+    if kind == "llm":
+        owners = (owner for start, owner in _OWNERS.items() if path.name.startswith(start))
+        source = next((f"{owner}/{path.name}" for owner in owners), "OWNER/NAME")
+    return f"hf download {source} --local-dir {shlex.quote(str(path))}"
 
 
 def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]:
@@ -48,10 +60,9 @@ def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]
             directory = directory / "vae"
 
     def missing(what):
-        command = _FETCH[kind].format(shlex.quote(str(target)))
         return FileNotFoundError(
             f"No {kind} weights in {directory}: {what}. Fetch them (their licence is to be "
-            f"accepted on the Hub first, then `hf auth login`):\n    {command}"
+            f"accepted on the Hub first, then `hf auth login`):\n    {fetch_command(target, kind)}"
         )
 
     if not directory.is_dir():
@@ -112,7 +123,7 @@ def check_fields(directory: epath.Path, fields: Iterable[tuple[str, Any, str, An
     """Raises ValueError naming every (our field, value, their field, value) that disagrees."""
 
     def same(a, b):
-        return isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6)
+        return a == b or (isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6))
 
     wrong = [f"{o} is {a!r}, {t} {b!r}" for o, a, t, b in fields if not same(a, b)]
     if wrong:

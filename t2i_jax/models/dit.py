@@ -65,6 +65,8 @@ class DiTBlock(nn.Module):
     sandwich_norm: bool
     norm_eps: float
     dtype: layers.Dtype
+    softcap: float = 0.0
+    query_scalar: float = 0.0
 
     @nn.compact
     def __call__(self, x_BID, text, condition, mask_BT, angles):
@@ -115,7 +117,8 @@ class DiTBlock(nn.Module):
             jnp.concatenate([text_k_BTKH, k_BIKH], axis=1),
             jnp.concatenate([text.values_BTKH, v_BIKH], axis=1),
             jnp.concatenate([text.mask_BT, jnp.ones(h_BID.shape[:2], bool)], axis=1),
-            scale=self.head_width**-0.5,
+            scale=(self.query_scalar or self.head_width) ** -0.5,
+            softcap=self.softcap,
         )
         return self.output(a_BINH, h_BID.shape[-1], "attention_out")
 
@@ -134,7 +137,12 @@ class DiTBlock(nn.Module):
         if self.normalise_text:
             keys_BTKH = self.head_norm("cross_k_norm")(keys_BTKH)
         a_BINH = attend(
-            q_BINH, keys_BTKH, text.values_BTKH, text.mask_BT, scale=self.head_width**-0.5
+            q_BINH,
+            keys_BTKH,
+            text.values_BTKH,
+            text.mask_BT,
+            scale=(self.query_scalar or self.head_width) ** -0.5,
+            softcap=self.softcap,
         )
         return self.output(a_BINH, x_BID.shape[-1], "cross_out")
 
@@ -184,6 +192,8 @@ class DiT(nn.Module):
     pooled_width: int = 0
     time_scale: float = 1000.0  # the network sees time_scale * t
     normalise_text: bool = False
+    softcap: float = 0.0  # of attention to the text, where the LLM's own is applied there, too
+    query_scalar: float = 0.0  # likewise
     prediction: str = "velocity"
     qk_norm: bool = True
     sandwich_norm: bool = False
@@ -233,6 +243,8 @@ class DiT(nn.Module):
             self.sandwich_norm,
             self.norm_eps,
             self.dtype,
+            self.softcap,
+            self.query_scalar,
         )
         self.final_norm = layers.RMSNorm(self.norm_eps)
         self.out = layers.Einsum(

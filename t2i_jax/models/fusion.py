@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.models.dit import DiT
-from t2i_jax.models.llm import LLM
+from t2i_jax.models.llm import LLM, from_config
 from t2i_jax.models.memory import Source, TextFeatures, TextMemory, find_source
 
 FROZEN = ("llm",)  # top-level parts of the parameters that are never trained
@@ -66,21 +66,25 @@ def build(
 
     Raises TypeError for a key that the constructors do not know, ValueError for an unknown source.
     """
-    shared = {key: llm[key] for key in _SHARED}
     memory = dict(memory)
     source = find_source(memory.pop("source"))
     # Text keys carry positions where they stand in one softmax with the image's.
     joint = dit.get("attention", "joint") == "joint"
+    remember = source(
+        num_layers=dit["num_layers"],
+        width=dit["width"],
+        rope_theta=llm["rope_theta"] if joint else None,
+        norm_eps=llm["norm_eps"],
+        dtype=dtype,
+        **memory,
+    )
+    num_shared = remember.num_shared(llm["num_layers"])
+    shared = {key: llm[key] for key in _SHARED}
+    if num_shared and llm.get("softcap_shared", False):
+        shared |= {key: llm[key] for key in ("softcap", "query_scalar")}
     return TextToImageModel(
-        llm=LLM(**llm, dtype=dtype),
-        memory=source(
-            num_layers=dit["num_layers"],
-            width=dit["width"],
-            rope_theta=llm["rope_theta"] if joint else None,
-            norm_eps=llm["norm_eps"],
-            dtype=dtype,
-            **memory,
-        ),
+        llm=from_config(llm, num_shared, dtype),
+        memory=remember,
         dit=DiT(
             **dit,
             **shared,

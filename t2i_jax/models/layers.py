@@ -97,28 +97,43 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight) over the last axis, in float32, as Gemma's. Returns float32."""
+    """x / rms(x) * (offset + weight) over the last axis, in float32. Returns float32.
+
+    Gemma's has the offset 1; with 0 the weight is the factor itself. At first the factor is one.
+    """
 
     eps: float = 1e-6
+    offset: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", with_axes(zeros, ("norm",)), (x.shape[-1],))
+        init = with_axes(nn.initializers.constant(1.0 - self.offset), ("norm",))
+        weight = self.param("weight", init, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * (1.0 + weight.astype(jnp.float32))
+        return x * (self.offset + weight.astype(jnp.float32))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # its tanh form, as Gemma's
+    "silu": jax.nn.silu,
+}
 
 
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), the GELU in its tanh form, as Gemma's: (B, S, D) -> same."""
+    """down(activation(gate(x)) * up(x)): (B, S, D) -> same."""
 
     width: int  # D
     mlp_width: int  # F
     init: Init = xavier
+    activation: str = "gelu"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        if self.activation not in ACTIVATIONS:
+            known = list(ACTIVATIONS)
+            raise ValueError(f"Unknown activation {self.activation!r}; known: {known}.")
         into = {"shape": (self.width, self.mlp_width), "axes": ("embed", "mlp")}
         into.update(init=self.init, dtype=self.dtype)
         gate_BSF = Einsum("BSD,DF->BSF", name="gate", **into)(x_BSD)
@@ -130,7 +145,7 @@ class GatedMLP(nn.Module):
             init=self.init,
             dtype=self.dtype,
             name="down",
-        )(jax.nn.gelu(gate_BSF, approximate=True) * up_BSF)
+        )(ACTIVATIONS[self.activation](gate_BSF) * up_BSF)
 
 
 def query_projection(x_BSD, num_heads: int, head_width: int, name="q", **options) -> jax.Array:

@@ -79,7 +79,11 @@ class Source(nn.Module):
     dtype: layers.Dtype = jnp.float32
 
     normalises_keys: ClassVar[bool] = False  # the DiT's key norm is for these keys, too
-    shares_attention: ClassVar[bool] = True  # with layers of the LLM, whose keys they are
+
+    def num_shared(self, llm_layers: int) -> int:
+        """How many layers of the LLM, the last ones, share their attention with the DiT's."""
+        del llm_layers
+        return self.num_layers
 
     def remember(self, features, keys_LBTKH, values_LBTKH, seen_L=None) -> TextMemory:
         """The memory of these keys and values, before rotation."""
@@ -114,6 +118,10 @@ class Middle(Source):
 
     The layers of the DiT before and after these see the image alone.
     """
+
+    def num_shared(self, llm_layers: int) -> int:
+        """All from `first_layer` on."""
+        return llm_layers - self.first_layer
 
     def __call__(self, features: TextFeatures) -> TextMemory:
         """Raises ValueError where there are no such layers of both networks."""
@@ -174,7 +182,11 @@ class Shallow(Source):
     """
 
     normalises_keys: ClassVar[bool] = True
-    shares_attention: ClassVar[bool] = False
+
+    def num_shared(self, llm_layers: int) -> int:
+        """None: the language model is used as it is."""
+        del llm_layers
+        return 0
 
     @nn.compact
     def __call__(self, features: TextFeatures) -> TextMemory:

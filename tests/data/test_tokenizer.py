@@ -146,8 +146,8 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path):
 
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        Tokenizer.load(tmp_path / "gemma")
-    assert f"hf download google/gemma-2b --local-dir {tmp_path / 'gemma'}" in str(error.value)
+        Tokenizer.load(tmp_path / "gemma-2b")
+    assert f"hf download google/gemma-2b --local-dir {tmp_path / 'gemma-2b'}" in str(error.value)
     (tmp_path / "tokenizer.model").write_bytes(b"\x80")  # sentencepiece: never read
     with pytest.raises(FileNotFoundError, match=r"it holds \['tokenizer.model'\]"):
         Tokenizer.load(tmp_path)
