@@ -36,7 +36,11 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     positions = c.dit.positions + (" and a table" if c.dit.table_size else "")
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
-        ("model", f"deep fusion, joint attention; {positions}, {c.dit.conditioning}"),
+        (
+            "model",
+            f"{c.memory.source} source, {c.dit.attention} attention; positions {positions}; "
+            f"conditioning {c.dit.conditioning}",
+        ),
         ("trained", f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"),
         (
             "frozen",

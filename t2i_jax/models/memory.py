@@ -85,7 +85,7 @@ class Source(nn.Module):
         del llm_layers
         return self.num_layers
 
-    def remember(self, features, keys_LBTKH, values_LBTKH, seen_L=None) -> TextMemory:
+    def memory_of(self, features, keys_LBTKH, values_LBTKH, seen_L=None) -> TextMemory:
         """The memory of these keys and values, before rotation."""
         start_B = jnp.sum(features.mask_BT, axis=-1)
         if self.rope_theta is None:
@@ -110,7 +110,7 @@ class Deep(Source):
                 f"A DiT of {self.num_layers} layers cannot share the {_layers(features)} layers "
                 "of its LLM; set dit.num_layers to at most llm.num_layers."
             )
-        return self.remember(features, features.keys_LBTKH[first:], features.values_LBTKH[first:])
+        return self.memory_of(features, features.keys_LBTKH[first:], features.values_LBTKH[first:])
 
 
 class Middle(Source):
@@ -136,7 +136,7 @@ class Middle(Source):
         values_LBTKH = jnp.pad(features.values_LBTKH[first:], around)
         layer_L = jnp.arange(self.num_layers)
         seen_L = (layer_L >= first) & (layer_L < last)
-        return self.remember(features, keys_LBTKH, values_LBTKH, seen_L)
+        return self.memory_of(features, keys_LBTKH, values_LBTKH, seen_L)
 
 
 class Mixture(Source):
@@ -171,7 +171,7 @@ class Mixture(Source):
             )
             return mixed.astype(self.dtype)
 
-        return self.remember(features, mix(features.keys_LBTKH), mix(features.values_LBTKH))
+        return self.memory_of(features, mix(features.keys_LBTKH), mix(features.values_LBTKH))
 
 
 class Shallow(Source):

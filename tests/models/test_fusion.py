@@ -15,6 +15,15 @@ from t2i_jax.sharding import to_spec
 from tests import tiny
 
 NET = tiny.model()
+FAMILY = {  # the paper's four pairs, and two sources more
+    "deep joint": NET,
+    "deep cross": tiny.model(attention="cross"),
+    "shallow joint": tiny.model(memory={"source": "shallow"}),
+    "shallow cross": tiny.model(memory={"source": "shallow"}, attention="cross"),
+    "middle": tiny.model(memory={"source": "middle", "first_layer": 1}, num_layers=4),
+    "mixture": tiny.model(memory={"source": "mixture"}),
+}
+family = pytest.mark.parametrize("net", FAMILY.values(), ids=FAMILY)
 Z, T_B, IDS, MASK = tiny.inputs()
 
 
@@ -33,12 +42,12 @@ def whole(params, z=Z, t=T_B, ids=IDS, mask=MASK, net=NET):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(net, llm):
-    return net.apply({"params": {"llm": llm}}, IDS, MASK, method="encode_text")
+def encode(net, params):
+    return net.apply({"params": params}, IDS, MASK, method="encode_text")
 
 
 def remember(params, net=NET):
-    return encode(net, params["llm"])
+    return encode(net, {name: part for name, part in params.items() if name != "dit"})
 
 
 def denoise(params, memory, z=Z, t=T_B, net=NET):
@@ -46,11 +55,13 @@ def denoise(params, memory, z=Z, t=T_B, net=NET):
     return net.apply(only, z, t, memory, method="denoise")
 
 
-def test_a_memory_made_once_serves_every_step(params):
-    memory = remember(params)
-    step = jax.jit(lambda z, t: denoise(params, memory, z, t))
+@family
+def test_a_memory_made_once_serves_every_step(net):
+    params = tiny.params(net)
+    memory = remember(params, net)
+    step = jax.jit(lambda z, t: denoise(params, memory, z, t, net))
     for z, t in ((Z, T_B), (2 * Z, T_B / 3)):
-        tiny.close(step(z, t), whole(params, z, t))
+        tiny.close(step(z, t), whole(params, z, t, net=net))
 
 
 def test_the_image_has_no_influence_on_the_text(params):
@@ -73,14 +84,16 @@ def test_the_image_has_no_influence_on_the_text(params):
     assert not any(np.asarray(x).any() for x in tangents)
 
 
-def test_padding_has_no_influence_and_every_word_has(params):
+@family
+def test_padding_has_no_influence_and_every_word_has(net):
     """No token is used twice, so a row of the embedding is a place in a prompt."""
+    params = tiny.params(net)
 
     @jax.jit
     @jax.grad
     def reached(table):
         llm = {**params["llm"], "embed": {"weight": table}}
-        return jnp.square(NET.apply({"params": {**params, "llm": llm}}, Z, T_B, IDS, MASK)).sum()
+        return jnp.square(net.apply({"params": {**params, "llm": llm}}, Z, T_B, IDS, MASK)).sum()
 
     influence = np.abs(np.asarray(reached(params["llm"]["embed"]["weight"]))).sum(-1)
     np.testing.assert_array_equal(influence[IDS] > 0, MASK)
@@ -130,6 +143,28 @@ def test_the_llm_starts_with_keys_of_unit_variance_and_every_parameter_has_axes(
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)):
         assert len(leaf.names) == leaf.value.ndim
         to_spec(leaf.names)
+
+
+def test_which_layers_of_the_llm_are_shared_ones():
+    """Those attend plainly; an LLM that is only read is as published."""
+    shared = {name: net.llm.num_plain for name, net in FAMILY.items()}
+    assert shared == dict(zip(FAMILY, (2, 2, 0, 0, 2, 2), strict=True))
+    own = {"softcap": 5.0, "query_scalar": 3.0}
+    net = tiny.model(llm=own)
+    assert (net.dit.softcap, net.dit.query_scalar, net.llm.num_plain) == (0, 0, 2)
+    net = tiny.model(llm=own | {"softcap_shared": True})
+    assert (net.dit.softcap, net.dit.query_scalar, net.llm.num_plain) == (5.0, 3.0, 0)
+    net = tiny.model(llm=own | {"softcap_shared": True}, memory={"source": "shallow"})
+    assert (net.dit.softcap, net.llm.num_plain) == (0, 0)
+
+
+def test_a_soft_cap_in_shared_layers_is_on_the_images_scores_too(params):
+    """Without scores, every key weighs the same: a cap of almost 0 is the mean of all values."""
+    memory = remember(params)
+    capped = NET.clone(dit=NET.dit.clone(softcap=1e-7))
+    mean = NET.clone(dit=NET.dit.clone(query_scalar=1e30))
+    tiny.close(denoise(params, memory, net=capped), denoise(params, memory, net=mean))
+    assert np.abs(denoise(params, memory, net=mean) - denoise(params, memory)).max() > 1e-2
 
 
 def test_wrong_fields_are_refused():
