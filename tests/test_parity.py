@@ -102,3 +102,10 @@ def test_sections_of_a_published_config():
         **{"positions": "none", "table_size": 16, "table_range": 4.0, "pooled_width": 0},
         **{"conditioning": "adaln-single", "qk_norm": True, "sandwich_norm": False},
     }
+
+
+def test_the_published_cache_moves_rotary_images_and_no_others():
+    """docs/fidelity.md has the figures; with a table of positions its cache is right."""
+    by_name = {file.stem: file for file in FILES}
+    assert parity.published_cache(by_name["large-scale"]) > 0.05
+    assert parity.published_cache(by_name["adaln-single"]) < 1e-4

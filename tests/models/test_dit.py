@@ -309,6 +309,10 @@ def test_at_first_the_velocity_is_zero_and_blocks_are_the_identity():
         assert 0.97 * bound < np.abs(weight).max() <= bound
         assert weight.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         assert abs(np.corrcoef(weight.reshape(3, -1)) - np.eye(3)).max() < 0.2  # each layer its own
+    patch = np.asarray(flat["patch_embed/weight"])  # as a linear layer of 2 * 2 * 3 inputs
+    bound = np.sqrt(6 / (12 + 24))
+    assert 0.95 * bound < np.abs(patch).max() <= bound
+    assert patch.std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
 
 
 @pytest.mark.parametrize(
