@@ -19,7 +19,10 @@ _FETCH = {
     "llm": "hf download google/gemma-2b --local-dir {}",
     "autoencoder": "hf download stabilityai/stable-diffusion-3-medium-diffusers "
     '--include "vae/*" --local-dir {}',
+    "clip": "hf download stabilityai/stable-diffusion-3-medium-diffusers "
+    '--include "text_encoder/*" "tokenizer/*" --local-dir {}',
 }
+_FOLDERS = {"autoencoder": "vae", "clip": "text_encoder"}  # where a diffusers pipeline has them
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -28,7 +31,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     """What keeps the weights at `path` from being loaded; [] where they are all there.
 
-    `kind` is 'llm' or 'autoencoder'. Looks at which files there are; opens an index at most.
+    `kind` is 'llm', 'autoencoder' or 'clip'. Looks at which files there are; opens an index at most.
     """
     if kind not in _FETCH:
         raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_FETCH)}.")
@@ -39,19 +42,26 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     return []
 
 
+def how_to_fetch(path: epath.PathLike, kind: str) -> str:
+    """What to do where `path` lacks weights of this kind, or files that come with them."""
+    command = _FETCH[kind].format(shlex.quote(str(path)))
+    return (
+        "Fetch them (their licence is to be accepted on the Hub first, then `hf auth login`):\n"
+        f"    {command}"
+    )
+
+
 def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]:
     """The directory of the weights and the safetensors files in it; all exist."""
     directory = target = epath.Path(path).expanduser()
-    if kind == "autoencoder":  # downloaded as the folder vae/ of a pipeline
-        target = directory.parent if directory.name == "vae" else directory
-        if (directory / "vae" / "config.json").exists():
-            directory = directory / "vae"
+    if folder := _FOLDERS.get(kind):  # downloaded as a folder of a pipeline
+        target = directory.parent if directory.name == folder else directory
+        if (directory / folder / "config.json").exists():
+            directory = directory / folder
 
     def missing(what):
-        command = _FETCH[kind].format(shlex.quote(str(target)))
         return FileNotFoundError(
-            f"No {kind} weights in {directory}: {what}. Fetch them (their licence is to be "
-            f"accepted on the Hub first, then `hf auth login`):\n    {command}"
+            f"No {kind} weights in {directory}: {what}. {how_to_fetch(target, kind)}"
         )
 
     if not directory.is_dir():
@@ -112,7 +122,9 @@ def check_fields(directory: epath.Path, fields: Iterable[tuple[str, Any, str, An
     """Raises ValueError naming every (our field, value, their field, value) that disagrees."""
 
     def same(a, b):
-        return isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6)
+        if not isinstance(b, int | float):
+            return a == b
+        return isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6)
 
     wrong = [f"{o} is {a!r}, {t} {b!r}" for o, a, t, b in fields if not same(a, b)]
     if wrong:
