@@ -31,7 +31,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     """What keeps the weights at `path` from being loaded; [] where they are all there.
 
-    `kind` is 'llm', 'autoencoder' or 'clip'. Looks at which files there are; opens an index at most.
+    `kind` is 'llm', 'autoencoder' or 'clip'. Looks which files there are; opens an index at most.
     """
     if kind not in _FETCH:
         raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_FETCH)}.")
