@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
+from t2i_jax.models.clip import ACTIVATIONS
 from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
 from t2i_jax.models.layers import REMAT_POLICIES
 from t2i_jax.models.positions import IMAGE_POSITIONS
@@ -28,6 +29,7 @@ from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder.kind": ("kl", "identity"),
+    "clip.activation": tuple(ACTIVATIONS),
     "data.source": tuple(SOURCES),
     "dit.conditioning": tuple(CONDITIONING),
     "dit.positions": tuple(IMAGE_POSITIONS),
@@ -55,7 +57,10 @@ RANGES: dict[str, _Range] = {
         "0, or at least 260: the bytes and the special tokens",
     ),
     "dit.table_size": _OR_ZERO,
+    "dit.pooled_width": _OR_ZERO,
+    "clip.eos_id": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
+    "autoencoder.tile": _OR_ZERO,
     "flow.time_mean": (lambda x: True, "finite"),
     "data.caption_dropout": _RATE,
     "data.original_caption_rate": _RATE,
@@ -236,7 +241,7 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             f"{llm.vocab_size}: every token needs an embedding"
         )
     if autoencoder.kind == "identity":
-        for key, wanted in (("channels", 3), ("downsample", 1)):
+        for key, wanted in (("channels", 3), ("downsample", 1), ("tile", 0)):
             if autoencoder[key] != wanted:
                 yield (
                     f"autoencoder.{key} = {autoencoder[key]}, but autoencoder.kind = 'identity' "
@@ -249,6 +254,15 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             )
     elif not weights.autoencoder:
         yield f"weights.autoencoder = '', but autoencoder.kind = {autoencoder.kind!r} needs weights"
+    if dit.pooled_width:
+        yield from _divides(config, "clip.width", "clip.num_heads")
+        if dit.pooled_width != config.clip.projection_width:
+            yield (
+                f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
+                f"clip.projection_width = {config.clip.projection_width}"
+            )
+        if not weights.clip:
+            yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
@@ -267,6 +281,10 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
         )
     if config.dit.table_size and config.dit.width % 4:
         yield f"dit.width = {config.dit.width} is not divisible by 4, as dit.table_size > 0 needs"
+    if data.chat_template and not config.weights.tokenizer:
+        yield "data.chat_template = True, but weights.tokenizer = '' makes one that has none"
+    if data.add_generation_prompt and not data.chat_template:
+        yield "data.add_generation_prompt = True, but data.chat_template = False"
     if data.source == "webdataset":
         for key in ("path", "image_field", "caption_field"):
             if not data[key]:

@@ -178,6 +178,7 @@ class DiT(nn.Module):
     table_size: int = 0
     table_range: float = 16.0
     conditioning: str = "adaln-zero"
+    pooled_width: int = 0
     prediction: str = "velocity"
     qk_norm: bool = True
     sandwich_norm: bool = False

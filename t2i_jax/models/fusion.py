@@ -32,9 +32,10 @@ class TextToImageModel(nn.Module):
         """What the frozen language model makes of the prompts."""
         return self.llm(ids_BT, mask_BT)
 
-    def remember(self, features: TextFeatures) -> TextMemory:
-        """The memory that the DiT sees of it."""
-        return deep(features, self.dit.num_layers, self.dit.rope_theta)
+    def remember(self, features: TextFeatures, pooled_BP: jax.Array | None = None) -> TextMemory:
+        """The memory that the DiT sees of it, with CLIP's embedding of the prompts if any."""
+        memory = deep(features, self.dit.num_layers, self.dit.rope_theta)
+        return memory.replace(pooled_BP=pooled_BP)
 
     def encode_text(self, ids_BT: jax.Array, mask_BT: jax.Array) -> TextMemory:
         """(B, T) right-padded ids and mask -> TextMemory."""

@@ -38,11 +38,13 @@ class TextMemory:
       keys_LBTKH: (L, B, T, K, H), L layers of the DiT.
       values_LBTKH: likewise.
       mask_BT: True at real tokens.
+      pooled_BP: an embedding of the whole prompt, or None.
     """
 
     keys_LBTKH: jax.Array
     values_LBTKH: jax.Array
     mask_BT: jax.Array
+    pooled_BP: jax.Array | None = None
 
     @property
     def length_B(self) -> jax.Array:
@@ -75,17 +77,21 @@ def deep(features: TextFeatures, num_layers: int, rope_theta: float) -> TextMemo
 
 def concatenate(*memories: TextMemory) -> TextMemory:
     """Joins memories along the batch; their text lengths T must be equal."""
+    pooled = [m.pooled_BP for m in memories]
     return TextMemory(
         keys_LBTKH=jnp.concatenate([m.keys_LBTKH for m in memories], axis=1),
         values_LBTKH=jnp.concatenate([m.values_LBTKH for m in memories], axis=1),
         mask_BT=jnp.concatenate([m.mask_BT for m in memories], axis=0),
+        pooled_BP=None if pooled[0] is None else jnp.concatenate(pooled, axis=0),
     )
 
 
 def repeat(memory: TextMemory, times: int) -> TextMemory:
     """The memory of one prompt (B = 1) for a batch of `times`."""
+    pooled_BP = memory.pooled_BP
     return TextMemory(
         keys_LBTKH=jnp.repeat(memory.keys_LBTKH, times, axis=1),
         values_LBTKH=jnp.repeat(memory.values_LBTKH, times, axis=1),
         mask_BT=jnp.repeat(memory.mask_BT, times, axis=0),
+        pooled_BP=None if pooled_BP is None else jnp.repeat(pooled_BP, times, axis=0),
     )

@@ -1,72 +1,22 @@
 """CLIP directories written here, tensor by tensor, are run against plain NumPy in float64."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from scipy.special import erf
 
 from t2i_jax import sharding
 from t2i_jax.interop.clip import load_clip
 from t2i_jax.interop.directory import find_weights
 from t2i_jax.models.clip import CLIPText
+from tests import files
 
-SECTION = {
-    "vocab_size": 40,
-    "width": 24,
-    "num_layers": 3,
-    "num_heads": 4,
-    "mlp_width": 32,
-    "max_tokens": 9,
-    "projection_width": 10,
-    "activation": "quick_gelu",
-    "eos_id": 2,
-    "norm_eps": 1e-3,
-}
-THEIRS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
-    "max_position_embeddings projection_dim hidden_act eos_token_id layer_norm_eps"
-)
-CLIP_JSON = dict(zip(THEIRS.split(), SECTION.values(), strict=True)) | {
-    "model_type": "clip_text_model"
-}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "gelu": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
 }
 IDS = np.array([[37, 5, 8, 39, 39, 39, 39], [37, 7, 20, 6, 3, 9, 39]])  # 39 ends, and pads
-
-
-def clip_tensors():
-    shapes = {
-        "embeddings.token_embedding.weight": (40, 24),
-        "embeddings.position_embedding.weight": (9, 24),
-    }
-
-    def linear(name, i, o):
-        shapes.update({f"{name}.weight": (o, i), f"{name}.bias": (o,)})
-
-    for layer in (f"encoder.layers.{i}" for i in range(3)):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{name}", 24, 24)
-        linear(f"{layer}.mlp.fc1", 24, 32), linear(f"{layer}.mlp.fc2", 32, 24)
-        for name in ("layer_norm1", "layer_norm2"):
-            shapes.update({f"{layer}.{name}.weight": (24,), f"{layer}.{name}.bias": (24,)})
-    shapes |= {"final_layer_norm.weight": (24,), "final_layer_norm.bias": (24,)}
-    shapes = {f"text_model.{name}": shape for name, shape in shapes.items()}
-    shapes["text_projection.weight"] = (10, 24)
-    rng = np.random.default_rng(0)
-    return {n: rng.normal(size=s, scale=0.4).astype("f4") for n, s in shapes.items()}
-
-
-def write(folder, config=CLIP_JSON, tensors=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors or clip_tensors(), folder / "model.safetensors")
-    return folder
 
 
 def clip_forward(tensors, ids, end, activation="quick_gelu"):
@@ -99,12 +49,14 @@ def clip_forward(tensors, ids, end, activation="quick_gelu"):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_clip_is_numpys(tmp_path, activation):
-    tensors = clip_tensors()
+    tensors = files.clip_tensors()
     stored = tensors | {"text_model.embeddings.position_ids": np.arange(9)[None]}  # int64
-    write(tmp_path / "text_encoder", CLIP_JSON | {"hidden_act": activation}, stored)
+    files.write_clip_weights(
+        tmp_path / "text_encoder", files.CLIP_JSON | {"hidden_act": activation}, stored
+    )
     assert find_weights(tmp_path, "clip") == find_weights(tmp_path / "text_encoder", "clip") == []
-    net, params = load_clip(tmp_path, SECTION | {"activation": activation})
-    assert net == CLIPText(**SECTION | {"activation": activation})
+    net, params = load_clip(tmp_path, files.CLIP | {"activation": activation})
+    assert net == CLIPText(**files.CLIP | {"activation": activation})
     pooled = np.asarray(jax.jit(net.apply)({"params": params}, IDS))
     ends = [3, 6]
     expected = [clip_forward(tensors, *row, activation) for row in zip(IDS, ends, strict=True)]
@@ -113,9 +65,9 @@ def test_clip_is_numpys(tmp_path, activation):
 
 
 def test_parameters_go_where_they_are_told_to(tmp_path):
-    write(tmp_path)
+    files.write_clip_weights(tmp_path)
     place = sharding.replicated(sharding.make_mesh())
-    net, params = load_clip(tmp_path, SECTION, place, "bfloat16")
+    net, params = load_clip(tmp_path, files.CLIP, place, "bfloat16")
     assert net.dtype == jnp.bfloat16
     leaves = jax.tree.leaves(params)
     assert all(x.dtype == jnp.bfloat16 and x.sharding == place for x in leaves)
@@ -123,20 +75,20 @@ def test_parameters_go_where_they_are_told_to(tmp_path):
 
 def test_other_clips_are_refused(tmp_path):
     def refused(change, *texts, tensors=None):
-        write(tmp_path, CLIP_JSON | change, tensors)
+        files.write_clip_weights(tmp_path, files.CLIP_JSON | change, tensors)
         with pytest.raises(ValueError) as error:
-            load_clip(tmp_path, SECTION)
+            load_clip(tmp_path, files.CLIP)
         assert all(text in str(error.value) for text in texts), error.value
 
     refused({"hidden_size": 32, "hidden_act": "gelu"}, "clip.width is 24, hidden_size 32",
             "clip.activation is 'quick_gelu', hidden_act 'gelu'")  # fmt: skip
     refused({"eos_token_id": 39}, "clip.eos_id is 2, eos_token_id 39")
     refused({"model_type": "clip"}, "model_type 'clip'; only 'clip_text_model'")
-    tensors = clip_tensors()
+    tensors = files.clip_tensors()
     tensors["text_projection.bias"] = tensors.pop("text_projection.weight")[:, 0].copy()
     refused({}, "missing: text_projection.weight", "not known: text_projection.bias",
             tensors=tensors)  # fmt: skip
-    tensors = clip_tensors()
+    tensors = files.clip_tensors()
     tensors["text_model.final_layer_norm.bias"] = np.zeros(24, np.int64)
     refused({}, "a weight is 'I64'", tensors=tensors)
 
