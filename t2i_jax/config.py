@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
-from t2i_jax.models.clip import ACTIVATIONS
+from t2i_jax.models import clip
 from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
 from t2i_jax.models.layers import REMAT_POLICIES
 from t2i_jax.models.positions import IMAGE_POSITIONS
@@ -29,7 +29,7 @@ from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder.kind": ("kl", "identity"),
-    "clip.activation": tuple(ACTIVATIONS),
+    "clip.activation": tuple(clip.ACTIVATIONS),
     "data.source": tuple(SOURCES),
     "dit.conditioning": tuple(CONDITIONING),
     "dit.positions": tuple(IMAGE_POSITIONS),

@@ -23,7 +23,7 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.interop.autoencoder import load_autoencoder
 from t2i_jax.interop.clip import load_clip
-from t2i_jax.interop.directory import find_weights, how_to_fetch
+from t2i_jax.interop.directory import fetch_command, find_weights
 from t2i_jax.interop.llm import load_llm
 from t2i_jax.models.autoencoder import Autoencoder
 
@@ -65,7 +65,7 @@ def _clip_tokenizer(config: ConfigDict) -> Tokenizer | None:
     if not config.dit.pooled_width:
         return None
     path = epath.Path(config.weights.clip)
-    tokenizer = Tokenizer.load(path / "tokenizer", how_to_fetch(path, "clip"))
+    tokenizer = Tokenizer.load(path / "tokenizer", fetch_command(path, "clip"))
     if tokenizer.vocab_size > config.clip.vocab_size:
         raise ConfigError(
             f"The tokenizer in {path} has {tokenizer.vocab_size} tokens, more than "

@@ -134,7 +134,7 @@ def test_what_is_missing_or_does_not_fit_is_named(config, trained, tmp_path):
     vocab_size = len(files.clip_vocabulary())
     files.write_clip_weights(tmp_path / "text_encoder", files.CLIP_JSON)
     (problem,) = frozen.missing(absent)
-    assert "No tokenizer" in problem and problem.endswith(fetch)
+    assert "No tokenizer" in problem and fetch in problem
     files.write_clip(tmp_path / "tokenizer")
     mesh = sharding.make_mesh()
     with pytest.raises(

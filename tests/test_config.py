@@ -103,26 +103,6 @@ CONTRADICTIONS = {
         "autoencoder__kind": "kl"
     },
     "train.batch_size = 128 is not divisible by train.accumulation = 3": {"train__accumulation": 3},
-    "autoencoder.tile = 16, but autoencoder.kind = 'identity' (pixels) has 0": {
-        "autoencoder__tile": 16
-    },
-    "dit.pooled_width = 512, but the embedding that CLIP gives has clip.projection_width = 768": {
-        "dit__pooled_width": 512
-    },
-    "weights.clip = '', but dit.pooled_width = 768 needs CLIP": {
-        "dit__pooled_width": 768,
-        "weights__clip": "",
-    },
-    "clip.width = 768 is not divisible by clip.num_heads = 7": {
-        "dit__pooled_width": 768,
-        "clip__num_heads": 7,
-    },
-    "data.chat_template = True, but weights.tokenizer = '' makes one that has none": {
-        "data__chat_template": True
-    },
-    "data.add_generation_prompt = True, but data.chat_template = False": {
-        "data__add_generation_prompt": True
-    },
     "weights.llm = '' and pretrain.steps = 0": {"pretrain__steps": 0},
     "weights.tokenizer = '', but weights.llm = 'gemma' needs its own": {"weights__llm": "gemma"},
     "weights.tokenizer = '' and pretrain.vocab_size = 0": {"pretrain__vocab_size": 0},

@@ -21,6 +21,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from t2i_jax.interop.directory import fetch_command
+
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 _ROLES = ("pad_token", "eos_token", "bos_token", "unk_token")
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -69,7 +71,7 @@ class Tokenizer:
     def load(cls, directory: str | os.PathLike, fetch: str = "") -> "Tokenizer":
         """Reads a directory with tokenizer.json, or with vocab.json and merges.txt.
 
-        `fetch` is what to do where there is none; by default, what to do about Gemma's.
+        `fetch` is what to type where there is none; by default, what fetches a language model's.
         """
         directory = epath.Path(directory)
         parts = (part for part in _WHOLE if all((directory / name).exists() for name in part))
@@ -77,14 +79,13 @@ class Tokenizer:
         if whole is None:
             found = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
             state = f"it holds {found[:8]}" if directory.is_dir() else "there is no such directory"
-            fetch = fetch or (
-                f"Fetch it with `hf download google/gemma-2b --local-dir {os.fspath(directory)}` "
-                "(accept its licence first), name another in weights.tokenizer, or set that to '' "
-                "to train one on the captions."
-            )
+            command = fetch or fetch_command(directory, "llm")
+            what = f"Fetch it with `{command}` (accept its licence first)"
+            if not fetch:
+                what += ", or set weights.tokenizer to '' to train one on the captions"
             raise FileNotFoundError(
                 f"No tokenizer: looked for {_FILE}, or vocab.json and merges.txt, in "
-                f"{os.fspath(directory)}, {state}. {fetch}"
+                f"{os.fspath(directory)}, {state}. {what}."
             )
         try:
             return cls(_from_files(directory, (*whole, *_BESIDE)))

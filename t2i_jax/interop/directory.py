@@ -42,13 +42,9 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     return []
 
 
-def how_to_fetch(path: epath.PathLike, kind: str) -> str:
-    """What to do where `path` lacks weights of this kind, or files that come with them."""
-    command = _FETCH[kind].format(shlex.quote(str(path)))
-    return (
-        "Fetch them (their licence is to be accepted on the Hub first, then `hf auth login`):\n"
-        f"    {command}"
-    )
+def fetch_command(path: epath.PathLike, kind: str) -> str:
+    """What to type to get weights of the kind, and what comes with them, into `path`."""
+    return _FETCH[kind].format(shlex.quote(str(path)))
 
 
 def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]:
@@ -61,7 +57,8 @@ def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]
 
     def missing(what):
         return FileNotFoundError(
-            f"No {kind} weights in {directory}: {what}. {how_to_fetch(target, kind)}"
+            f"No {kind} weights in {directory}: {what}. Fetch them (their licence is to be "
+            f"accepted on the Hub first, then `hf auth login`):\n    {fetch_command(target, kind)}"
         )
 
     if not directory.is_dir():

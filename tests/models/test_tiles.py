@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import sharding
+from configs import base
+from t2i_jax import build, sharding
 from t2i_jax.models import autoencoder, tiles
 
 FACTOR = 2
@@ -64,6 +65,13 @@ def test_a_decoder_of_points_gives_the_same_picture(shape):
     whole, parts = (jax.jit(ae.decode, static_argnums=2)({}, latents, tile) for tile in (0, None))
     assert whole.shape == (shape[0], 2 * shape[1], 2 * shape[2], 3)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_the_config_says_how_large_tiles_are():
+    config = base.get_config().unlock()
+    assert build.make_autoencoder(config).tile == 0
+    config.autoencoder.tile = 32
+    assert build.make_autoencoder(config).tile == 32
 
 
 def test_rows_keep_their_places_on_many_devices():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2i_jax.interop.autoencoder import load_autoencoder
+from t2i_jax.models import autoencoder
 
 STAGES = {
     "block_out_channels": (16, 32, 32, 32),
@@ -63,3 +64,22 @@ def test_autoencoder(tmp_path, kind):
     assert relative(moments.mean, posterior.mean) <= 1e-5
     assert relative(moments.logvar, posterior.logvar) <= 1e-5
     assert relative(run("decode", latents), decoded) <= 1e-5
+
+
+def test_tiles(tmp_path):
+    """A column of tiles, down to where diffusers cuts its last one."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(**STAGES, **KINDS["sd3"]).eval()
+    theirs.save_pretrained(tmp_path)
+    theirs.enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 64
+    assert theirs.tile_overlap_factor == 0.25
+    net, params = load_autoencoder(tmp_path)
+    latents = torch.randn(1, 16, 20, 6)
+    with torch.no_grad():
+        expected = theirs.decode(latents).sample
+    ae = autoencoder.Autoencoder(net, tile=8)
+    decoded = jax.jit(ae.decode)(params, latents.permute(0, 2, 3, 1).numpy())
+    assert decoded.shape == (1, 160, 48, 3)
+    whole = 18 * 8  # rows before the tile that starts at 18 of 20
+    assert relative(decoded[:, :whole], expected[:, :, :whole]) <= 1e-5
