@@ -79,7 +79,7 @@ class Objective:
         """Mean squared error of the velocity, row by row: (B,) float32."""
         z, noise, t_B = inputs["latents"], inputs["noise"], inputs["t"]
         apply = functools.partial(self.model.apply, {"params": params})
-        memory = apply(inputs["features"], inputs["pooled"], method="remember")
+        memory = apply(inputs["features"], inputs.get("pooled"), method="remember")
         prediction = apply(flow.interpolate(z, noise, t_B), t_B, memory, method="denoise")
         return flow.mse_B(prediction, flow.velocity(z, noise))
 
