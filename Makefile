@@ -9,7 +9,7 @@ SCORE_ARGS =
 CPU = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT $$XLA_FLAGS" \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test parity lint clean
 
 setup: .venv/installed
 
@@ -28,6 +28,13 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 
 test: setup
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q
+
+parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/parity
+
+.venv/parity: .venv/installed requirements-parity.txt
+	.venv/bin/python -m pip install --quiet -r requirements-parity.txt -c requirements.txt
+	touch $@
 
 lint: setup
 	.venv/bin/ruff check .

@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.weights.autoencoder = "weights/sd3-vae"  # diffusers AutoencoderKL directory
     config.weights.clip = "weights/sd3-clip"  # holds text_encoder/ and tokenizer/; see clip below
 
-    # The frozen language model (Gemma 2B). The DiT shares its heads: N, K and H.
+    # The frozen language model (Gemma 2B; other families differ in these keys). With
+    # weights.llm it is what that directory's config.json says, or its first num_layers layers; the
+    # DiT shares its heads: N, K and H.
     config.llm = ConfigDict()
     config.llm.vocab_size = 256_000  # V
     config.llm.width = 2048  # D
@@ -33,6 +35,16 @@ def get_config() -> ConfigDict:
     config.llm.mlp_width = 16_384  # F
     config.llm.rope_theta = 10_000.0  # base of the rotary frequencies
     config.llm.norm_eps = 1e-6  # RMSNorm epsilon
+    config.llm.norm_offset = 1.0  # RMSNorm's factor is this + weight: 1, or 0 for Qwen3
+    config.llm.activation = "gelu"  # 'gelu' (its tanh form) | 'silu': of the gated MLP
+    config.llm.scale_embedding = True  # times sqrt(width)
+    config.llm.post_norms = False  # RMSNorm after attention and after the MLP too (Gemma 2)
+    config.llm.qk_norm = False  # RMSNorm of every head's queries and keys (Qwen3)
+    config.llm.query_scalar = 0.0  # scores are scaled by this**-0.5; 0 = head_width
+    config.llm.softcap = 0.0  # c: a scaled score s becomes c tanh(s / c); 0 = none, Gemma 2: 50
+    config.llm.softcap_shared = False  # in layers that the DiT shares, too; published: no
+    config.llm.logit_softcap = 0.0  # the same of the next token's logits; 0 = none, Gemma 2: 30
+    config.llm.max_tokens = 8192  # longest text for which this is the published network, BOS too
     config.llm.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # Pre-training of the language model, used when weights.llm is ''.
@@ -44,17 +56,24 @@ def get_config() -> ConfigDict:
         0  # of the tokenizer trained on the captions (weights.tokenizer '')
     )
 
+    # What the DiT sees of the text (t2i_jax/models/memory.py).
+    config.memory = ConfigDict()
+    config.memory.source = "deep"  # 'deep' | 'shallow' | 'middle' | 'mixture'
+    config.memory.first_layer = 0  # of the layers shared by 'middle', which end with the LLM's last
+
     # The trained diffusion transformer. Heads, rope_theta and norm_eps are the LLM's.
     config.dit = ConfigDict()
     config.dit.width = 2048  # D
-    config.dit.num_layers = 18  # the last num_layers layers of the LLM are shared
+    config.dit.num_layers = 18  # a 'deep' source shares the last num_layers layers of the LLM
     config.dit.mlp_width = 16_384  # F; the published models take the LLM's
     config.dit.patch_size = 2  # P, in latent pixels
+    config.dit.attention = "joint"  # 'joint' (one softmax over [text; image]) | 'cross'
     config.dit.positions = "2d-rope"  # '1d-rope' | '2d-rope' | 'm-rope' | 'none', of image tokens
     config.dit.table_size = 0  # side, in patches, of a table of absolute positions; 0 = no table
     config.dit.table_range = 16.0  # over which rows and columns of the table run
-    config.dit.conditioning = "adaln-zero"  # 'adaln-zero' | 'none': how the timestep enters
-    config.dit.pooled_width = 0  # of CLIP's embedding, which enters beside it; 0 = without CLIP
+    # How the time enters: 'adaln-zero' | 'adaln-single' | 'addition' | 'none'.
+    config.dit.conditioning = "adaln-zero"
+    config.dit.pooled_width = 0  # of CLIP's embedding, which is added to the time's; 0 = no CLIP
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP

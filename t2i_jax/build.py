@@ -19,6 +19,7 @@ def model(config: ConfigDict) -> TextToImageModel:
     """The text-to-image model."""
     return fusion.build(
         config.llm,
+        config.memory,
         config.dit,
         channels=config.autoencoder.channels,
         dtype=jnp.dtype(config.train.dtype),

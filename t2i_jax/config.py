@@ -21,20 +21,25 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
-from t2i_jax.models import clip
-from t2i_jax.models.dit import CONDITIONING, PREDICTIONS
-from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
+from t2i_jax.models.conditioning import CONDITIONING
+from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
+from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder.kind": ("kl", "identity"),
-    "clip.activation": tuple(clip.ACTIVATIONS),
+    "clip.activation": tuple(CLIP_ACTIVATIONS),
     "data.source": tuple(SOURCES),
+    "dit.attention": tuple(ATTENTIONS),
     "dit.conditioning": tuple(CONDITIONING),
     "dit.positions": tuple(IMAGE_POSITIONS),
     "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
+    "llm.activation": tuple(ACTIVATIONS),
+    "memory.source": tuple(MEMORY_SOURCES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
     "train.dtype": ("float32", "bfloat16"),
@@ -56,6 +61,11 @@ RANGES: dict[str, _Range] = {
         lambda x: x == 0 or x >= 260,
         "0, or at least 260: the bytes and the special tokens",
     ),
+    "llm.norm_offset": (lambda x: x in (0, 1), "1 or 0"),
+    "llm.query_scalar": _OR_ZERO,
+    "llm.softcap": _OR_ZERO,
+    "llm.logit_softcap": _OR_ZERO,
+    "memory.first_layer": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
     "dit.pooled_width": _OR_ZERO,
     "clip.eos_id": _OR_ZERO,
@@ -220,15 +230,17 @@ def _divides(config: ConfigDict, whole: str, part: str) -> Iterator[str]:
 
 
 def _model_rules(config: ConfigDict) -> Iterator[str]:
-    llm, dit, weights, autoencoder = config.llm, config.dit, config.weights, config.autoencoder
+    llm, weights, autoencoder = config.llm, config.weights, config.autoencoder
     yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
     if llm.head_width % 4:
         yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
-    if dit.num_layers > llm.num_layers:
+    plain = not llm.softcap and llm.query_scalar in (0, llm.head_width)
+    if llm.softcap_shared and plain:
         yield (
-            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
-            "a layer of the DiT shares one of the LLM"
+            f"llm.softcap_shared = True, but llm.softcap = {llm.softcap} and llm.query_scalar = "
+            f"{llm.query_scalar} leave nothing to share"
         )
+    yield from _memory_rules(config)
     if not weights.llm and not config.pretrain.steps:
         yield "weights.llm = '' and pretrain.steps = 0: an LLM is loaded or trained here"
     if weights.llm and not weights.tokenizer:
@@ -254,19 +266,51 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             )
     elif not weights.autoencoder:
         yield f"weights.autoencoder = '', but autoencoder.kind = {autoencoder.kind!r} needs weights"
-    if dit.pooled_width:
-        yield from _divides(config, "clip.width", "clip.num_heads")
-        if dit.pooled_width != config.clip.projection_width:
+
+
+def _memory_rules(config: ConfigDict) -> Iterator[str]:
+    memory, dit, llm, clip = config.memory, config.dit, config.llm, config.clip
+    if memory.source in ("deep", "mixture") and dit.num_layers > llm.num_layers:
+        yield (
+            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
+            f"a layer of the DiT shares one of the LLM (memory.source = {memory.source!r})"
+        )
+    if memory.source == "middle":
+        if not memory.first_layer < llm.num_layers <= dit.num_layers:
             yield (
-                f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
-                f"clip.projection_width = {config.clip.projection_width}"
+                f"memory.source = 'middle' shares the layers from memory.first_layer = "
+                f"{memory.first_layer} to the last of llm.num_layers = {llm.num_layers}; there "
+                f"must be one, and dit.num_layers = {dit.num_layers} must have them"
             )
-        if not weights.clip:
-            yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
+    elif memory.first_layer:
+        yield (
+            f"memory.first_layer = {memory.first_layer}, but memory.source = {memory.source!r} "
+            "does not read it"
+        )
+    if not dit.pooled_width:
+        return
+    if dit.conditioning == "none":
+        yield (
+            f"dit.pooled_width = {dit.pooled_width}, but dit.conditioning = 'none' has nothing "
+            "that a pooled embedding is added to"
+        )
+    if dit.pooled_width != clip.projection_width:
+        yield (
+            f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
+            f"clip.projection_width = {clip.projection_width}"
+        )
+    if not config.weights.clip:
+        yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
+    yield from _divides(config, "clip.width", "clip.num_heads")
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
     data = config.data
+    if data.max_text_tokens > config.llm.max_tokens:
+        yield (
+            f"data.max_text_tokens = {data.max_text_tokens} is more than llm.max_tokens = "
+            f"{config.llm.max_tokens}, up to which the language model is exact"
+        )
     cell = config.autoencoder.downsample * config.dit.patch_size
     if cell > 0 and data.image_size % cell:
         yield (

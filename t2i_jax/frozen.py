@@ -117,7 +117,14 @@ def _prompts(config: ConfigDict, path: epath.Path) -> Prompts:
             f"more than llm.vocab_size = {config.llm.vocab_size}."
         )
     with _users_files():
-        return Prompts(tokenizer, config.data, _clip_tokenizer(config), config.clip.max_tokens)
+        clip = _clip_tokenizer(config), config.clip.max_tokens
+        prompts = Prompts(tokenizer, config.data, *clip)
+    if prompts.length > config.llm.max_tokens:  # the config's own rule does not know the tokenizer
+        raise ConfigError(
+            f"data.max_text_tokens and the instruction make rows of {prompts.length} tokens, more "
+            f"than llm.max_tokens = {config.llm.max_tokens}."
+        )
+    return prompts
 
 
 def _places(abstract: Any) -> Any:

@@ -26,6 +26,7 @@ LLM = {
     "rope_theta": 100.0,
     "norm_eps": 1e-6,
 }
+MEMORY = {"source": "deep"}
 DIT = {"width": 24, "num_layers": 2, "mlp_width": 32, "patch_size": 2}
 LATENTS = (4, 6, 3)  # height, width, channels: 2 x 3 tokens
 LENGTHS = (5, 3, 1)  # real tokens of the prompts
@@ -37,9 +38,16 @@ WATCHED = {  # what the run of conftest.py's `trained` changes: it validates and
 }
 
 
-def model(dtype=jnp.float32, *, llm: dict[str, Any] | None = None, **dit) -> TextToImageModel:
-    """The model; other fields of the LLM as `llm`, of the DiT by name."""
-    return fusion.build(LLM | (llm or {}), DIT | dit, channels=LATENTS[-1], dtype=dtype)
+def model(
+    dtype=jnp.float32,
+    *,
+    llm: dict[str, Any] | None = None,
+    memory: dict[str, Any] | None = None,
+    **dit,
+) -> TextToImageModel:
+    """The model; other fields of LLM and source as `llm` and `memory`, of the DiT by name."""
+    sections = LLM | (llm or {}), MEMORY | (memory or {}), DIT | dit
+    return fusion.build(*sections, channels=LATENTS[-1], dtype=dtype)
 
 
 def params(net: TextToImageModel, seed: int = 0) -> Any:

@@ -15,14 +15,11 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
 
-_FETCH = {
-    "llm": "hf download google/gemma-2b --local-dir {}",
-    "autoencoder": "hf download stabilityai/stable-diffusion-3-medium-diffusers "
-    '--include "vae/*" --local-dir {}',
-    "clip": "hf download stabilityai/stable-diffusion-3-medium-diffusers "
-    '--include "text_encoder/*" "tokenizer/*" --local-dir {}',
-}
+_SD3 = "stabilityai/stable-diffusion-3-medium-diffusers --include "
+_SOURCES = {"autoencoder": _SD3 + '"vae/*"', "clip": _SD3 + '"text_encoder/*" "tokenizer/*"'}
+_KINDS = ("llm", *_SOURCES)
 _FOLDERS = {"autoencoder": "vae", "clip": "text_encoder"}  # where a diffusers pipeline has them
+_OWNERS = {"gemma-": "google", "paligemma-": "google", "Qwen3-": "Qwen"}  # of repositories
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -33,8 +30,8 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
 
     `kind` is 'llm', 'autoencoder' or 'clip'. Looks which files there are; opens an index at most.
     """
-    if kind not in _FETCH:
-        raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_FETCH)}.")
+    if kind not in _KINDS:
+        raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_KINDS)}.")
     try:
         find(path, kind)
     except (FileNotFoundError, ValueError) as error:
@@ -43,8 +40,17 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
 
 
 def fetch_command(path: epath.PathLike, kind: str) -> str:
-    """What to type to get weights of the kind, and what comes with them, into `path`."""
-    return _FETCH[kind].format(shlex.quote(str(path)))
+    """What to type to get weights of the kind, and what comes with them, into `path`.
+
+    A language model's repository is told from the name of its directory ('weights/gemma-2-2b'), as
+    far as that goes.
+    """
+    path = epath.Path(path)
+    source = _SOURCES.get(kind)
+    if source is None:
+        owners = (owner for start, owner in _OWNERS.items() if path.name.startswith(start))
+        source = next((f"{owner}/{path.name}" for owner in owners), "OWNER/NAME")
+    return f"hf download {source} --local-dir {shlex.quote(str(path))}"
 
 
 def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]:
@@ -119,9 +125,7 @@ def check_fields(directory: epath.Path, fields: Iterable[tuple[str, Any, str, An
     """Raises ValueError naming every (our field, value, their field, value) that disagrees."""
 
     def same(a, b):
-        if not isinstance(b, int | float):
-            return a == b
-        return isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6)
+        return a == b or (isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6))
 
     wrong = [f"{o} is {a!r}, {t} {b!r}" for o, a, t, b in fields if not same(a, b)]
     if wrong:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 import json
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -64,6 +64,15 @@ def open_tensors(files: Iterable[epath.Path]) -> dict[str, Tensor]:
     return tensors
 
 
+class Readable(Protocol):
+    """What `load` needs of a tensor, wherever it is stored."""
+
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The tensor."""
+
+
 class Rule(NamedTuple):
     """Where one of our parameters is found in the files."""
 
@@ -79,7 +88,7 @@ class Rule(NamedTuple):
 
 def load(
     source: Any,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Readable],
     shapes: Mapping[str, tuple[int, ...]],
     rules: Iterable[Rule],
     shardings: Any,
@@ -104,7 +113,7 @@ def load(
     expected = {
         name: _their_shape(rules[ours].layout, shape[1:] if rules[ours].stacked else shape)
         for ours, shape in shapes.items()
-        for name in _names(rules[ours], shape)
+        for name in names_of(rules[ours], shape)
     }
     _check(source, tensors, expected, unused)
     if isinstance(shardings, jax.sharding.Sharding):
@@ -121,7 +130,7 @@ def load(
 
 
 def _read_parameter(tensors, rule: Rule, shape, dtype: np.dtype) -> np.ndarray:
-    names = _names(rule, shape)
+    names = names_of(rule, shape)
     if not rule.stacked:
         x = _to_ours(tensors[names[0]].read(), rule.layout, shape)
         return np.ascontiguousarray(x, dtype)
@@ -139,7 +148,8 @@ def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     return jax.block_until_ready(array)
 
 
-def _names(rule: Rule, shape) -> list[str]:
+def names_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
+    """Their tensors of one of our parameters, layer by layer where it is stacked."""
     if not rule.stacked:
         return [rule.theirs]
     return [rule.theirs.format(L=i) for i in range(shape[0])]

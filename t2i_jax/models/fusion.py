@@ -4,8 +4,9 @@
                                                        v
                             z, t -------------------> DiT -> velocity
 
-Parameters are {'llm': frozen, 'dit': trained}. Everything left of the memory depends on the prompt
-alone; it is computed once a batch in training, and once a prompt in sampling.
+Parameters are {'llm': frozen, 'dit': trained}, and {'memory': trained} where the source has any.
+Everything left of the memory depends on the prompt alone; it is computed once a batch in training,
+and once a prompt in sampling.
 """
 
 from collections.abc import Mapping
@@ -16,16 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.models.dit import DiT
-from t2i_jax.models.llm import LLM
-from t2i_jax.models.memory import TextFeatures, TextMemory, deep
+from t2i_jax.models.llm import LLM, from_config
+from t2i_jax.models.memory import Source, TextFeatures, TextMemory, find_source
 
 FROZEN = ("llm",)  # top-level parts of the parameters that are never trained
+_SHARED = ("num_heads", "num_kv_heads", "head_width", "rope_theta", "norm_eps")  # LLM and DiT
 
 
 class TextToImageModel(nn.Module):
     """LLM + memory source + DiT. Use `encode_text` once a prompt, `denoise` once a step."""
 
     llm: LLM
+    memory: Source
     dit: DiT
 
     def read_text(self, ids_BT: jax.Array, mask_BT: jax.Array) -> TextFeatures:
@@ -33,39 +36,68 @@ class TextToImageModel(nn.Module):
         return self.llm(ids_BT, mask_BT)
 
     def remember(self, features: TextFeatures, pooled_BP: jax.Array | None = None) -> TextMemory:
-        """The memory that the DiT sees of it, with CLIP's embedding of the prompts if any."""
-        memory = deep(features, self.dit.num_layers, self.dit.rope_theta)
-        return memory.replace(pooled_BP=pooled_BP)
+        """The memory that the DiT sees of it, with a pooled embedding where the model has one."""
+        return self.memory(features).replace(pooled_BP=pooled_BP)
 
-    def encode_text(self, ids_BT: jax.Array, mask_BT: jax.Array) -> TextMemory:
-        """(B, T) right-padded ids and mask -> TextMemory."""
-        return self.remember(self.read_text(ids_BT, mask_BT))
+    def encode_text(
+        self, ids_BT: jax.Array, mask_BT: jax.Array, pooled_BP: jax.Array | None = None
+    ) -> TextMemory:
+        """(B, T) right-padded ids and mask, and a pooled embedding or None -> TextMemory."""
+        return self.remember(self.read_text(ids_BT, mask_BT), pooled_BP)
 
     def denoise(self, z_BHWC: jax.Array, t_B: jax.Array, memory: TextMemory) -> jax.Array:
         """Velocity (noise - data) at latents z and times t in [0, 1], 1 = noise."""
         return self.dit(z_BHWC, t_B, memory)
 
-    def __call__(self, z_BHWC, t_B, ids_BT, mask_BT) -> jax.Array:
+    def __call__(self, z_BHWC, t_B, ids_BT, mask_BT, pooled_BP=None) -> jax.Array:
         """Text and image at once: what the two halves give one after the other."""
-        return self.denoise(z_BHWC, t_B, self.encode_text(ids_BT, mask_BT))
+        return self.denoise(z_BHWC, t_B, self.encode_text(ids_BT, mask_BT, pooled_BP))
 
 
 def build(
-    llm: Mapping[str, Any], dit: Mapping[str, Any], *, channels: int, dtype=jnp.float32
+    llm: Mapping[str, Any],
+    memory: Mapping[str, Any],
+    dit: Mapping[str, Any],
+    *,
+    channels: int,
+    dtype=jnp.float32,
 ) -> TextToImageModel:
-    """The model of two config sections. The DiT takes its heads and rotary base from the LLM.
+    """The model of three config sections. The DiT takes its heads and rotary base from the LLM.
 
-    Raises TypeError for a key that the constructors do not know.
+    Raises TypeError for a key that the constructors do not know, ValueError for an unknown source.
     """
-    shared = ("num_heads", "num_kv_heads", "head_width", "rope_theta", "norm_eps")
+    memory = dict(memory)
+    source = find_source(memory.pop("source"))
+    # Text keys carry positions where they stand in one softmax with the image's.
+    joint = dit.get("attention", "joint") == "joint"
+    remember = source(
+        num_layers=dit["num_layers"],
+        width=dit["width"],
+        rope_theta=llm["rope_theta"] if joint else None,
+        norm_eps=llm["norm_eps"],
+        dtype=dtype,
+        **memory,
+    )
+    num_shared = remember.num_shared(llm["num_layers"])
+    shared = {key: llm[key] for key in _SHARED}
+    if num_shared and llm.get("softcap_shared", False):
+        shared |= {key: llm[key] for key in ("softcap", "query_scalar")}
     return TextToImageModel(
-        llm=LLM(**llm, dtype=dtype),
-        dit=DiT(**dit, **{key: llm[key] for key in shared}, channels=channels, dtype=dtype),
+        llm=from_config(llm, num_shared, dtype),
+        memory=remember,
+        dit=DiT(
+            **dit,
+            **shared,
+            normalise_text=source.normalises_keys,
+            channels=channels,
+            dtype=dtype,
+        ),
     )
 
 
 def init(model: TextToImageModel, key: jax.Array, latent_shape: tuple[int, int, int]) -> Any:
     """Boxed (logically partitioned) parameters {'llm': ..., 'dit': ...}; traceable."""
     z = jnp.zeros((1, *latent_shape), jnp.float32)
-    ids = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, z, jnp.zeros((1,)), ids, jnp.ones((1, 1), bool))["params"]
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    pooled = jnp.zeros((1, model.dit.pooled_width)) if model.dit.pooled_width else None
+    return model.init(key, z, jnp.zeros((1,)), ids, mask, pooled)["params"]

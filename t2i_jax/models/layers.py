@@ -97,28 +97,43 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight) over the last axis, in float32, as Gemma's. Returns float32."""
+    """x / rms(x) * (offset + weight) over the last axis, in float32. Returns float32.
+
+    Gemma's has the offset 1; with 0 the weight is the factor itself. At first the factor is one.
+    """
 
     eps: float = 1e-6
+    offset: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", with_axes(zeros, ("norm",)), (x.shape[-1],))
+        init = with_axes(nn.initializers.constant(1.0 - self.offset), ("norm",))
+        weight = self.param("weight", init, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * (1.0 + weight.astype(jnp.float32))
+        return x * (self.offset + weight.astype(jnp.float32))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # its tanh form, as Gemma's
+    "silu": jax.nn.silu,
+}
 
 
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), the GELU in its tanh form, as Gemma's: (B, S, D) -> same."""
+    """down(activation(gate(x)) * up(x)): (B, S, D) -> same."""
 
     width: int  # D
     mlp_width: int  # F
     init: Init = xavier
+    activation: str = "gelu"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        if self.activation not in ACTIVATIONS:
+            known = list(ACTIVATIONS)
+            raise ValueError(f"Unknown activation {self.activation!r}; known: {known}.")
         into = {"shape": (self.width, self.mlp_width), "axes": ("embed", "mlp")}
         into.update(init=self.init, dtype=self.dtype)
         gate_BSF = Einsum("BSD,DF->BSF", name="gate", **into)(x_BSD)
@@ -130,7 +145,39 @@ class GatedMLP(nn.Module):
             init=self.init,
             dtype=self.dtype,
             name="down",
-        )(jax.nn.gelu(gate_BSF, approximate=True) * up_BSF)
+        )(ACTIVATIONS[self.activation](gate_BSF) * up_BSF)
+
+
+def query_projection(x_BSD, num_heads: int, head_width: int, name="q", **options) -> jax.Array:
+    """(B, S, D) -> (B, S, N, H); to be called inside a compact module."""
+    shape, axes = (x_BSD.shape[-1], num_heads, head_width), ("embed", "heads", "head")
+    return Einsum("BSD,DNH->BSNH", shape, axes, name=name, **options)(x_BSD)
+
+
+def kv_projection(x_BSD, num_kv_heads: int, head_width: int, name: str, **options) -> jax.Array:
+    """(B, S, D) -> (B, S, K, H); to be called inside a compact module."""
+    shape, axes = (x_BSD.shape[-1], num_kv_heads, head_width), ("embed", "kv_heads", "head")
+    return Einsum("BSD,DKH->BSKH", shape, axes, name=name, **options)(x_BSD)
+
+
+def output_projection(x_BSNH: jax.Array, width: int, name: str = "out", **options) -> jax.Array:
+    """(B, S, N, H) -> (B, S, D); to be called inside a compact module."""
+    shape, axes = (*x_BSNH.shape[-2:], width), ("heads", "head", "embed")
+    return Einsum("BSNH,NHD->BSD", shape, axes, name=name, **options)(x_BSNH)
+
+
+class KeyValue(nn.Module):
+    """The key and value projections of one attention: (B, S, D) -> twice (B, S, K, H)."""
+
+    num_kv_heads: int  # K
+    head_width: int  # H
+    init: Init = xavier
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sizes, both = (self.num_kv_heads, self.head_width), {"init": self.init, "dtype": self.dtype}
+        return kv_projection(x_BSD, *sizes, "k", **both), kv_projection(x_BSD, *sizes, "v", **both)
 
 
 class QKV(nn.Module):
@@ -147,22 +194,12 @@ class QKV(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        width = x_BSD.shape[-1]
-        both = {"init": self.init, "dtype": self.dtype}
-        q_shape = (width, self.num_heads, self.head_width)
-        kv_shape = (width, self.num_kv_heads, self.head_width)
-        q_axes, kv_axes = ("embed", "heads", "head"), ("embed", "kv_heads", "head")
-        q_BSNH = Einsum("BSD,DNH->BSNH", q_shape, q_axes, name="q", **both)(x_BSD)
-        k_BSKH = Einsum("BSD,DKH->BSKH", kv_shape, kv_axes, name="k", **both)(x_BSD)
-        v_BSKH = Einsum("BSD,DKH->BSKH", kv_shape, kv_axes, name="v", **both)(x_BSD)
-        return q_BSNH, k_BSKH, v_BSKH
-
-
-def output_projection(x_BSNH: jax.Array, width: int, init=xavier, dtype=jnp.float32, name="out"):
-    """(B, S, N, H) -> (B, S, D); to be called inside a compact module."""
-    shape = (*x_BSNH.shape[-2:], width)
-    axes = ("heads", "head", "embed")
-    return Einsum("BSNH,NHD->BSD", shape, axes, init=init, dtype=dtype, name=name)(x_BSNH)
+        sizes, both = (self.num_kv_heads, self.head_width), {"init": self.init, "dtype": self.dtype}
+        return (
+            query_projection(x_BSD, self.num_heads, self.head_width, **both),
+            kv_projection(x_BSD, *sizes, "k", **both),
+            kv_projection(x_BSD, *sizes, "v", **both),
+        )
 
 
 REMAT_POLICIES = {
@@ -202,5 +239,18 @@ def scan_layers(
         out_axes=0,
         length=num_layers,
         unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def for_each_layer(module: type[nn.Module], num_layers: int) -> type[nn.Module]:
+    """The module once for every layer, all on the same input; outputs and parameters stacked."""
+    return nn.vmap(
+        module,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        out_axes=0,
+        axis_size=num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -10,6 +10,7 @@ tokens, so that the image goes on where the text ends (Gemma's own keys keep pos
     m-rope    the H/4 high frequencies of the full head turn by n + row, the H/4 low by n + column
     none      image tokens are not turned
 
+Where text keys carry no positions (cross attention, learned projections) n is 0.
 (FuseDiT, arXiv 2505.10046, section 4.3.) Angles are (B, I, H/2) in radians, float32.
 
 Differences alone do not tell an image token where it is: the text that it could measure from has
@@ -35,9 +36,9 @@ def text_angles(length: int, head_width: int, theta: float) -> jax.Array:
 
 
 def image_angles(
-    kind: str, grid: tuple[int, int], text_length_B: jax.Array, head_width: int, theta: float
+    kind: str, grid: tuple[int, int], start_B: jax.Array, head_width: int, theta: float
 ) -> jax.Array | None:
-    """Angles (B, rows * columns, H/2) of a grid of image tokens after `text_length_B` text tokens.
+    """Angles (B, rows * columns, H/2) of a grid of image tokens whose first is at `start_B`.
 
     None where the kind is 'none'. Raises ValueError for an unknown kind.
     """
@@ -46,7 +47,7 @@ def image_angles(
     rows, columns = grid
     row_I = jnp.repeat(jnp.arange(rows), columns).astype(jnp.float32)
     column_I = jnp.tile(jnp.arange(columns), rows).astype(jnp.float32)
-    n_B1 = text_length_B.astype(jnp.float32)[:, None]
+    n_B1 = start_B.astype(jnp.float32)[:, None]
     if kind == "1d-rope":
         position_BI = n_B1 + row_I * columns + column_I
         return position_BI[..., None] * frequencies(head_width, theta)

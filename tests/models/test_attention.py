@@ -17,14 +17,14 @@ def operands(kv_heads=K, seed=0):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def literal(q, k, v, seen):
-    """`seen[b, i, s]`: whether query i of row b sees key s."""
+def literal(q, k, v, seen, bound=lambda scores: scores):
+    """`seen[b, i, s]`: whether query i of row b sees key s; `bound` is applied to the scores."""
     out = np.zeros(q.shape)
     q, k, v = (np.float64(x) for x in (q, k, v))
     for b, i, n in np.ndindex(*q.shape[:3]):
         head = n // (q.shape[2] // k.shape[2])
         keys = np.flatnonzero(seen[b, i])
-        scores = np.array([SCALE * (q[b, i, n] @ k[b, s, head]) for s in keys])
+        scores = bound(np.array([SCALE * (q[b, i, n] @ k[b, s, head]) for s in keys]))
         weights = np.exp(scores - scores.max())
         out[b, i, n] = weights / weights.sum() @ v[b, keys, head]
     return out
@@ -56,6 +56,19 @@ def test_attention_is_numpys(kv_heads, mask, seen):
     np.testing.assert_allclose(
         attend(q, k, v, mask, scale=SCALE), literal(q, k, v, seen), rtol=0, atol=1e-6
     )
+
+
+def test_scores_are_capped_before_the_mask():
+    q, k, v = operands()
+    q = 30 * q  # far beyond the cap
+
+    def bound(scores):
+        return 2.0 * np.tanh(scores / 2.0)
+
+    seen = np.broadcast_to(BY_KEY[:, None], (B, Q, S))
+    out = attend(q, k, v, BY_KEY, scale=SCALE, softcap=2.0)
+    np.testing.assert_allclose(out, literal(q, k, v, seen, bound), rtol=0, atol=1e-5)
+    assert np.abs(out - literal(q, k, v, seen)).max() > 0.1
 
 
 def test_masked_keys_and_values_have_no_influence_at_all():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.models import dit, layers, positions
+from t2i_jax.models import conditioning, dit, layers, positions
 from t2i_jax.models.memory import TextMemory
 from tests import tiny
 
@@ -28,7 +28,7 @@ def make(num_layers=2, **fields):
 def memory(num_layers=2, seed=0):
     rng = np.random.default_rng((seed, 2))
     keys, values = rng.standard_normal((2, num_layers, *SHAPE)).astype(np.float32)
-    return TextMemory(keys, values, MASK)
+    return TextMemory(keys, values, np.ones(num_layers, bool), MASK, MASK.sum(-1))
 
 
 def random_params(net, seed=0):
@@ -53,13 +53,6 @@ def test_patches_are_literal():
     np.testing.assert_array_equal(dit.unpatchify(patches, (2, 3)), x)
 
 
-def test_timestep_features_are_literal():
-    features = np.asarray(dit.timestep_features(jnp.array([0.0, 0.37, 1.0]), 8))
-    for row, t in zip(features, (0.0, 370.0, 1000.0), strict=True):
-        angles = [t * 10_000 ** (-i / 4) for i in range(4)]
-        np.testing.assert_allclose(row, [*np.cos(angles), *np.sin(angles)], atol=3e-5)
-
-
 def literal(net, params, text):
     """The network as its docstrings have it: a Python loop over blocks."""
     modulated = net.conditioning == "adaln-zero"
@@ -67,8 +60,8 @@ def literal(net, params, text):
     x = jnp.einsum("BIpqC,pqCD->BID", dit.patchify(Z, 2), params["patch_embed"]["weight"])
     x += params["patch_embed"]["bias"]
     if modulated:
-        hidden, out = params["time_embed"]["hidden"], params["time_embed"]["out"]
-        time = silu(dit.timestep_features(T_B) @ hidden["weight"] + hidden["bias"])
+        hidden, out = (params["time_embed"]["time"][name] for name in ("hidden", "out"))
+        time = silu(conditioning.timestep_features(1000 * T_B) @ hidden["weight"] + hidden["bias"])
         time = time @ out["weight"] + out["bias"]
     angles = positions.image_angles(
         net.positions, (2, 3), MASK.sum(-1), net.head_width, net.rope_theta
@@ -76,11 +69,12 @@ def literal(net, params, text):
     block = dit.DiTBlock(
         *(getattr(net, name) for name in HEADS),
         net.mlp_width,
-        *(net.conditioning, net.qk_norm, net.sandwich_norm, net.norm_eps, jnp.float32),
+        *(net.attention, net.conditioning, net.qk_norm, net.normalise_text, net.sandwich_norm),
+        *(net.norm_eps, jnp.float32),
     )
     for i in range(net.num_layers):
         own = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
-        layer = (text.keys_LBTKH[i], text.values_LBTKH[i])
+        layer = (text.keys_LBTKH[i], text.values_LBTKH[i], text.seen_L[i])
         x, _ = block.apply({"params": own}, x, layer, time if modulated else None, MASK, angles)
     x = layers.RMSNorm(net.norm_eps).apply({"params": params["final_norm"]}, x)
     if modulated:
@@ -153,9 +147,11 @@ def literal_block(own, x, time, text, angles, sandwich):
 @pytest.mark.parametrize("sandwich", [False, True])
 def test_a_block_is_its_einsums(sandwich):
     own, x, time = block_step(sandwich_norm=sandwich)
-    text = tuple(part[0] for part in (memory(1).keys_LBTKH, memory(1).values_LBTKH))
+    text = tuple(x[0] for x in (memory(1).keys_LBTKH, memory(1).values_LBTKH, memory(1).seen_L))
     angles = positions.image_angles("2d-rope", (2, 3), MASK.sum(-1), 8, 100.0)
-    block = dit.DiTBlock(4, 2, 8, 32, "adaln-zero", True, sandwich, 1e-6, jnp.float32)
+    block = dit.DiTBlock(
+        *(4, 2, 8, 32, "joint", "adaln-zero", True, False, sandwich, 1e-6, jnp.float32)
+    )
     actual, _ = jax.jit(block.apply)({"params": own}, x, text, time, MASK, angles)
     expected = jax.jit(literal_block, static_argnums=5)(own, x, time, text, angles, sandwich)
     tiny.close(actual, expected)
@@ -167,16 +163,103 @@ def test_variants_have_their_parameters_and_no_others():
 
     full = paths()
     timed = {p for p in full if "time_embed" in p or "modulation" in p}
-    assert len(timed) == 8
+    embedding = {p for p in full if "time_embed" in p}
+    assert len(timed) == 8 and len(embedding) == 4
     assert full - paths(conditioning="none") == timed
+    assert full - paths(conditioning="addition") == timed - embedding
+    single = {"shared_modulation/linear/weight", "shared_modulation/linear/bias"}
+    single |= {"blocks/modulation/table", "final_modulation/table"}
+    assert paths(conditioning="adaln-single") == full - timed | embedding | single
     assert full - paths(qk_norm=False) == {"blocks/q_norm/weight", "blocks/k_norm/weight"}
     posts = {"blocks/attention_post_norm/weight", "blocks/mlp_post_norm/weight"}
     assert paths(sandwich_norm=True) - full == posts
+    cross = {f"blocks/cross_{name}/weight" for name in ("q", "q_norm", "out")}
+    assert paths(attention="cross") - full == cross
+    assert paths(attention="cross", normalise_text=True) - full == cross | {
+        "blocks/cross_k_norm/weight"
+    }
+    assert paths(normalise_text=True) == full
+    sandwich = paths(attention="cross", sandwich_norm=True)
+    assert sandwich - full == cross | posts | {"blocks/cross_post_norm/weight"}
+
+
+def softmax_attention(q, k, v, seen):
+    """Heads of width 8, two query heads for one of keys."""
+    k, v = (jnp.repeat(y, 2, axis=2) for y in (k, v))
+    scores = jnp.einsum("BINH,BSNH->BNIS", q, k) / jnp.sqrt(8.0)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None])
+    return jnp.einsum("BNIS,BSNH->BINH", weights, v)
+
+
+@pytest.mark.parametrize("normalise_text", [False, True])
+def test_cross_attention_is_a_second_attention_of_its_own(normalise_text):
+    """x + out(attention(q(x), text)), without a norm before it: as published."""
+    net = make(num_layers=1, attention="cross", conditioning="none", normalise_text=normalise_text)
+    params, text = random_params(net), memory(1)
+    own = jax.tree.map(lambda p: p[0], params["blocks"])
+    x = np.random.default_rng(1).standard_normal((3, 6, net.width)).astype(np.float32)
+    fields = (4, 2, 8, 32, "cross", "none", True, normalise_text, False, 1e-6, jnp.float32)
+    block = dit.DiTBlock(*fields)
+    layer = (text.keys_LBTKH[0], text.values_LBTKH[0])
+    run = jax.jit(
+        lambda own, seen: block.apply({"params": own}, x, (*layer, seen), None, MASK, None)[0]
+    )
+
+    def norm(name, h):
+        return layers.RMSNorm(1e-6).apply({"params": own[name]}, h)
+
+    def after_the_image(with_text):
+        h = norm("attention_norm", x)
+        q, k, v = (jnp.einsum("BSD,DNH->BSNH", h, own["attention"][n]["weight"]) for n in "qkv")
+        a = softmax_attention(norm("q_norm", q), norm("k_norm", k), v, np.ones((3, 6), bool))
+        y = x + jnp.einsum("BINH,NHD->BID", a, own["attention_out"]["weight"])
+        if with_text:
+            q = norm("cross_q_norm", jnp.einsum("BSD,DNH->BSNH", y, own["cross_q"]["weight"]))
+            keys = norm("cross_k_norm", layer[0]) if normalise_text else layer[0]
+            a = softmax_attention(q, keys, layer[1], MASK)
+            y = y + jnp.einsum("BINH,NHD->BID", a, own["cross_out"]["weight"])
+        mlp = layers.GatedMLP(net.width, 32)
+        return y + mlp.apply({"params": own["mlp"]}, norm("mlp_norm", y))
+
+    tiny.close(run(own, True), after_the_image(True))
+    tiny.close(run(own, False), after_the_image(False))  # a layer that sees no text
+
+
+def test_a_joint_layer_that_is_not_to_see_the_text_does_not():
+    net = make(num_layers=2)
+    params, one, other = random_params(net), memory(2), memory(2, seed=1)
+
+    def velocity(text, seen):
+        text = text.replace(seen_L=np.array(seen))
+        return jax.jit(net.apply)({"params": params}, Z, T_B, text)
+
+    blind = velocity(one, [False, False])
+    np.testing.assert_array_equal(blind, velocity(other, [False, False]))
+    for seen in ([True, False], [False, True]):
+        assert np.abs(velocity(one, seen) - velocity(other, seen)).max() > 1e-3
+        assert np.abs(velocity(one, seen) - blind).max() > 1e-3
+
+
+def test_a_pooled_embedding_is_added_to_the_time():
+    net = make(pooled_width=5)
+    text = memory().replace(pooled_BP=np.ones((3, 5), np.float32))
+    boxed = jax.eval_shape(net.init, jax.random.key(0), Z, T_B, text)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: 0.25 * rng.standard_normal(x.shape).astype(np.float32), meta.unbox(boxed)
+    )
+    run = jax.jit(
+        lambda pooled: net.apply({"params": params}, Z, T_B, text.replace(pooled_BP=pooled))
+    )
+    moved = np.abs(run(text.pooled_BP) - run(text.pooled_BP * np.array([1, 1, 1, 1, -1.0], "f4")))
+    assert moved.max() > 1e-3
+    with pytest.raises(ValueError, match="of width 5, given was none"):
+        net.apply({"params": params}, Z, T_B, memory())
 
 
 def test_without_conditioning_the_time_is_not_seen():
-    for conditioning, seen in (("none", False), ("adaln-zero", True)):
-        net = make(conditioning=conditioning)
+    for name in conditioning.CONDITIONING:
+        net, seen = make(conditioning=name), name != "none"
         params = random_params(net)
         moved = np.abs(apply(net, params) - apply(net, params, t=T_B / 2)).max()
         assert (moved > 1e-3) == seen and (seen or moved == 0)
@@ -245,6 +328,10 @@ def test_latents_of_another_shape_are_refused(z, message):
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match=r"'film'.*adaln-zero.*none"):
         random_params(make(conditioning="film"))
+    with pytest.raises(ValueError, match=r"'self'.*joint.*cross"):
+        random_params(make(attention="self"))
+    with pytest.raises(ValueError, match=r"pooled_width 5 needs.*not 'none'"):
+        random_params(make(conditioning="none", pooled_width=5))
     with pytest.raises(ValueError, match=r"'noise'.*velocity.*data"):
         random_params(make(prediction="noise"))
     with pytest.raises(ValueError, match=r"'some'.*none.*full.*dots"):

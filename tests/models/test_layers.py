@@ -77,14 +77,36 @@ def test_rms_norm():
     assert not initialise(layers.RMSNorm(), x)["weight"].any()  # a factor of one
 
 
-def test_gated_mlp():
+def test_rms_norm_without_an_offset():
+    x, weight = 3 * normal(2, 3, 8), normal(8)
+    rms = np.sqrt((np.float64(x) ** 2).mean(-1, keepdims=True) + 0.01)
+    norm = layers.RMSNorm(0.01, offset=0.0)
+    actual = norm.apply({"params": {"weight": weight}}, x)
+    np.testing.assert_allclose(actual, x / rms * weight, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(initialise(norm, x)["weight"], np.ones(8))  # a factor of one
+
+
+def tanh_gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("options, activation", [({}, tanh_gelu), ({"activation": "silu"}, silu)])
+def test_gated_mlp(options, activation):
     x, gate, up, down = normal(2, 3, 4), normal(4, 7), normal(4, 7), normal(7, 4)
     weights = {"gate": gate, "up": up, "down": down}
     params = {name: {"weight": w} for name, w in weights.items()}
     h, u = np.float64(x) @ gate, np.float64(x) @ up
-    h = h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-    actual = layers.GatedMLP(4, 7).apply({"params": params}, x)
-    np.testing.assert_allclose(actual, (h * u) @ down, rtol=0, atol=1e-4)
+    actual = layers.GatedMLP(4, 7, **options).apply({"params": params}, x)
+    np.testing.assert_allclose(actual, (activation(h) * u) @ down, rtol=0, atol=1e-4)
+
+
+def test_an_unknown_activation_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'relu'.*gelu.*silu"):
+        initialise(layers.GatedMLP(4, 7, activation="relu"), normal(2, 3, 4))
 
 
 def test_the_embedding_is_tied():
