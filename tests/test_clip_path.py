@@ -12,7 +12,7 @@ from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import step
+from t2i_jax.training import loop, step
 from tests import files, tiny
 
 WIDTH = files.CLIP["projection_width"]
@@ -118,6 +118,22 @@ def test_pictures_are_guided_by_the_embeddings_of_prompt_and_null(config, parts,
         x = noise - (pooled[-1] + 3.0 * (pooled[i] - pooled[-1]))
         expected = np.clip(np.round((np.asarray(x) + 1) * 127.5), 0, 255)
         assert np.abs(expected - image).max() <= 1
+
+
+def test_a_run_with_clip_trains_and_draws(config, tmp_path):
+    final = loop.train(config, tmp_path)
+    assert final.step == config.train.steps
+    assert final.params["dit"]["time_embed"]["pooled_norm"]["weight"].shape == (WIDTH,)
+    pipeline = Pipeline.load(tmp_path, weights="params")
+    noisy = jax.tree.map(
+        lambda x: x + 0.3 * np.sin(np.arange(x.size).reshape(x.shape)), pipeline.params
+    )
+    pipeline = pipeline._replace(params=noisy)
+    images = pipeline.draw(["a red cat"], seed=5, guidance=1).astype(int)
+    changed = jax.tree.map(np.asarray, pipeline.frozen["clip"])
+    changed["projection"]["weight"] = -changed["projection"]["weight"]
+    other = pipeline._replace(frozen={**pipeline.frozen, "clip": changed})
+    assert np.abs(other.draw(["a red cat"], seed=5, guidance=1) - images).max() > 1
 
 
 def test_what_is_missing_or_does_not_fit_is_named(config, trained, tmp_path):
