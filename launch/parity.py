@@ -14,6 +14,9 @@ from absl import flags
 from t2i_jax import cli
 
 GOLDENS = flags.DEFINE_string("goldens", None, "A directory of .npz files, or one of them.")
+CACHE = flags.DEFINE_bool(
+    "published_cache", False, "Show how far the published sampling cache is from no cache instead."
+)
 flags.mark_flag_as_required("goldens")
 
 
@@ -27,6 +30,10 @@ def main(_):
     files = [where] if where.is_file() else sorted(where.glob("*.npz"))
     if not files:
         raise UserError(f"There is no .npz file in {GOLDENS.value} (--goldens).")
+    if CACHE.value:
+        for file in files:
+            print(f"{file.stem:<18} samples {parity.published_cache(file):.1e}", flush=True)
+        return
     failed = []
     for file in files:
         report = parity.check(file)

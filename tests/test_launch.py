@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(runs):
 def test_the_flagship_names_every_missing_file_and_how_to_get_it(runs):
     status, out, err, directory = runs["flagship"]
     assert status == 1
-    assert "2,448,479,296 parameters: DiT 18 x 2048" in out
+    assert "1,982,157,888 parameters: DiT 18 x 2048" in out
     assert "2,506,172,416 LLM 18 x 2048" in out
     llm, tokenizer, autoencoder, data = err[err.index("No llm") :].strip().split("\n\n")
     assert "weights/gemma-2b" in llm
@@ -113,7 +113,7 @@ def test_the_flagship_names_every_missing_file_and_how_to_get_it(runs):
 def test_the_flagship_runs_from_the_root_by_its_relative_path(runs):
     status, out, err, _ = runs["root"]
     assert status == 0, err
-    assert "2,448,479,296 parameters: DiT 18 x 2048" in out
+    assert "1,982,157,888 parameters: DiT 18 x 2048" in out
     status, _, err, directory = runs["elsewhere"]
     assert status == 2
     assert f"no such config file in {directory}" in err

@@ -49,7 +49,7 @@ def fetch_command(path: epath.PathLike, kind: str) -> str:
     source = _SOURCES.get(kind)
     if source is None:
         owners = (owner for start, owner in _OWNERS.items() if path.name.startswith(start))
-        source = next((f"{owner}/{path.name}" for owner in owners), "OWNER/NAME")
+        source = next((shlex.quote(f"{owner}/{path.name}") for owner in owners), "OWNER/NAME")
     return f"hf download {source} --local-dir {shlex.quote(str(path))}"
 
 

@@ -1,0 +1,13 @@
+"""Rotary positions of image tokens: 2D-RoPE."""
+
+from ml_collections import ConfigDict
+
+from configs.ablations import baseline
+
+
+def get_config() -> ConfigDict:
+    """Baseline with 2D-RoPE instead of the table."""
+    config = baseline.get_config().unlock()
+    config.name = "ablations/2d-rope"
+    config.dit.update(positions="2d-rope", table_size=0)
+    return config.lock()
