@@ -18,8 +18,9 @@ def get_config() -> ConfigDict:
     # Files that training starts from. '' means: made here, from the captions of the data.
     config.weights = ConfigDict()
     config.weights.llm = "weights/gemma-2b"  # Hugging Face directory with *.safetensors
-    config.weights.tokenizer = "weights/gemma-2b"  # directory with tokenizer.json
+    config.weights.tokenizer = "weights/gemma-2b"  # directory with tokenizer.json, or vocab.json
     config.weights.autoencoder = "weights/sd3-vae"  # diffusers AutoencoderKL directory
+    config.weights.clip = "weights/sd3-clip"  # holds text_encoder/ and tokenizer/; see clip below
 
     # The frozen language model (Gemma 2B; other families differ in these keys). With
     # weights.llm it is what that directory's config.json says, or its first num_layers layers; the
@@ -72,12 +73,25 @@ def get_config() -> ConfigDict:
     config.dit.table_range = 16.0  # over which rows and columns of the table run
     # How the time enters: 'adaln-zero' | 'adaln-single' | 'addition' | 'none'.
     config.dit.conditioning = "adaln-zero"
-    config.dit.pooled_width = 0  # of a pooled text embedding added to the time's; 0 = none
+    config.dit.pooled_width = 0  # of CLIP's embedding, which is added to the time's; 0 = no CLIP
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP
     config.dit.remat = "none"  # 'none' | 'full' | 'dots': what the backward pass recomputes
     config.dit.unroll = 1  # layers compiled into one turn of the loop over layers
+
+    # The frozen CLIP text encoder (SD3's first, CLIP L), used only where dit.pooled_width > 0.
+    config.clip = ConfigDict()
+    config.clip.vocab_size = 49_408
+    config.clip.width = 768
+    config.clip.num_layers = 12
+    config.clip.num_heads = 12
+    config.clip.mlp_width = 3072
+    config.clip.max_tokens = 77  # captions are cut and padded to it, BOS and EOS included
+    config.clip.projection_width = 768  # of the embedding: dit.pooled_width
+    config.clip.activation = "quick_gelu"  # 'quick_gelu' | 'gelu'
+    config.clip.eos_id = 2  # token whose state is the embedding; 2 = the largest id of the prompt
+    config.clip.norm_eps = 1e-5  # LayerNorm epsilon
 
     # Pixels <-> latents.
     config.autoencoder = ConfigDict()
@@ -86,6 +100,7 @@ def get_config() -> ConfigDict:
     config.autoencoder.downsample = 8  # pixels a latent pixel (1 for identity)
     config.autoencoder.scale = 1.5305  # latent = (sample - shift) * scale
     config.autoencoder.shift = 0.0609
+    config.autoencoder.tile = 0  # latent pixels a side that are decoded at once; 0 = all
 
     # The flow: path, timesteps (t2i_jax/diffusion).
     config.flow = ConfigDict()
@@ -106,7 +121,9 @@ def get_config() -> ConfigDict:
     config.data.flip = False  # mirror half of the images; wrong where captions say left or right
     config.data.caption_dropout = 0.1  # how often the caption is replaced by ''
     config.data.instruction = ""  # put before every caption, not before the dropped one
-    config.data.max_text_tokens = 256  # T: captions are cut and right-padded to it, BOS included
+    config.data.chat_template = False  # wrap captions in the tokenizer's, as one user turn
+    config.data.add_generation_prompt = False  # and let the template open the model's answer
+    config.data.max_text_tokens = 256  # captions are cut to it, BOS included, and right-padded
     config.data.validation_size = 512  # samples held out: the last ones of the source
     config.data.num_threads = 16  # decoding threads a host
     config.data.prefetch = 4  # batches made ahead

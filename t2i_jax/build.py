@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import sharding
 from t2i_jax.models import autoencoder, fusion
+from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import FROZEN, TextToImageModel
 
 
@@ -23,6 +24,13 @@ def model(config: ConfigDict) -> TextToImageModel:
         channels=config.autoencoder.channels,
         dtype=jnp.dtype(config.train.dtype),
     )
+
+
+def clip(config: ConfigDict) -> CLIPText | None:
+    """The CLIP text encoder, where the DiT is conditioned on its embedding."""
+    if not config.dit.pooled_width:
+        return None
+    return CLIPText(**config.clip, dtype=jnp.dtype(config.train.dtype))
 
 
 def make_autoencoder(config: ConfigDict, net: Any = None) -> autoencoder.Autoencoder:
@@ -50,6 +58,9 @@ def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     trained = {name: part for name, part in boxed.items() if name not in FROZEN}
     frozen = {name: boxed[name] for name in FROZEN}
     frozen["autoencoder"] = jax.eval_shape(make_autoencoder(config).init, jax.random.key(0))
+    if encoder := clip(config):
+        ids = jax.ShapeDtypeStruct((1, config.clip.max_tokens), jnp.int32)
+        frozen["clip"] = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
     dtype = jnp.dtype(config.train.frozen_dtype)
     return trained, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
+from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
 from t2i_jax.models.conditioning import CONDITIONING
 from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
 from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
@@ -30,6 +31,7 @@ from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder.kind": ("kl", "identity"),
+    "clip.activation": tuple(CLIP_ACTIVATIONS),
     "data.source": tuple(SOURCES),
     "dit.attention": tuple(ATTENTIONS),
     "dit.conditioning": tuple(CONDITIONING),
@@ -66,7 +68,9 @@ RANGES: dict[str, _Range] = {
     "memory.first_layer": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
     "dit.pooled_width": _OR_ZERO,
+    "clip.eos_id": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
+    "autoencoder.tile": _OR_ZERO,
     "flow.time_mean": (lambda x: True, "finite"),
     "data.caption_dropout": _RATE,
     "data.original_caption_rate": _RATE,
@@ -249,7 +253,7 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
             f"{llm.vocab_size}: every token needs an embedding"
         )
     if autoencoder.kind == "identity":
-        for key, wanted in (("channels", 3), ("downsample", 1)):
+        for key, wanted in (("channels", 3), ("downsample", 1), ("tile", 0)):
             if autoencoder[key] != wanted:
                 yield (
                     f"autoencoder.{key} = {autoencoder[key]}, but autoencoder.kind = 'identity' "
@@ -265,7 +269,7 @@ def _model_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def _memory_rules(config: ConfigDict) -> Iterator[str]:
-    memory, dit, llm = config.memory, config.dit, config.llm
+    memory, dit, llm, clip = config.memory, config.dit, config.llm, config.clip
     if memory.source in ("deep", "mixture") and dit.num_layers > llm.num_layers:
         yield (
             f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
@@ -283,11 +287,21 @@ def _memory_rules(config: ConfigDict) -> Iterator[str]:
             f"memory.first_layer = {memory.first_layer}, but memory.source = {memory.source!r} "
             "does not read it"
         )
-    if dit.pooled_width and dit.conditioning == "none":
+    if not dit.pooled_width:
+        return
+    if dit.conditioning == "none":
         yield (
             f"dit.pooled_width = {dit.pooled_width}, but dit.conditioning = 'none' has nothing "
             "that a pooled embedding is added to"
         )
+    if dit.pooled_width != clip.projection_width:
+        yield (
+            f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
+            f"clip.projection_width = {clip.projection_width}"
+        )
+    if not config.weights.clip:
+        yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
+    yield from _divides(config, "clip.width", "clip.num_heads")
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:
@@ -311,6 +325,10 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
         )
     if config.dit.table_size and config.dit.width % 4:
         yield f"dit.width = {config.dit.width} is not divisible by 4, as dit.table_size > 0 needs"
+    if data.chat_template and not config.weights.tokenizer:
+        yield "data.chat_template = True, but weights.tokenizer = '' makes one that has none"
+    if data.add_generation_prompt and not data.chat_template:
+        yield "data.add_generation_prompt = True, but data.chat_template = False"
     if data.source == "webdataset":
         for key in ("path", "image_field", "caption_field"):
             if not data[key]:

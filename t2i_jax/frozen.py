@@ -1,4 +1,4 @@
-"""What a run does not train: tokenizer, language model, autoencoder.
+"""What a run does not train: tokenizers, language model, autoencoder, CLIP.
 
 They come from where `config.weights` says, or, where an entry is '', were made by the run itself
 from the captions of its data and lie in its working directory:
@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, checkpoint, sharding
+from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.interop.autoencoder import load_autoencoder
-from t2i_jax.interop.directory import find_weights
+from t2i_jax.interop.clip import load_clip
+from t2i_jax.interop.directory import fetch_command, find_weights
 from t2i_jax.interop.llm import load_llm
 from t2i_jax.models.autoencoder import Autoencoder
 
@@ -48,43 +50,85 @@ def missing(config: ConfigDict) -> list[str]:
             problems.append(str(error))
     if config.autoencoder.kind != "identity":
         problems += find_weights(config.weights.autoencoder, "autoencoder")
+    if config.dit.pooled_width:
+        absent = find_weights(config.weights.clip, "clip")
+        try:
+            _clip_tokenizer(config)
+        except (FileNotFoundError, ValueError) as error:
+            absent = absent or [str(error)]  # one command fetches both
+        problems += absent
     return problems
+
+
+def _clip_tokenizer(config: ConfigDict) -> Tokenizer | None:
+    """CLIP's tokenizer, where the DiT is conditioned on its embedding."""
+    if not config.dit.pooled_width:
+        return None
+    path = epath.Path(config.weights.clip)
+    tokenizer = Tokenizer.load(path / "tokenizer", fetch_command(path, "clip"))
+    if tokenizer.vocab_size > config.clip.vocab_size:
+        raise ConfigError(
+            f"The tokenizer in {path} has {tokenizer.vocab_size} tokens, more than "
+            f"clip.vocab_size = {config.clip.vocab_size}."
+        )
+    return tokenizer
 
 
 def load(
     config: ConfigDict, workdir: epath.PathLike, mesh: Mesh
-) -> tuple[Tokenizer, Autoencoder, dict[str, Any]]:
-    """Tokenizer, autoencoder and the frozen parameters {'llm', 'autoencoder'}, sharded.
+) -> tuple[Prompts, Autoencoder, dict[str, Any]]:
+    """Tokenizers, autoencoder and the frozen parameters, sharded.
 
+    These are {'llm', 'autoencoder'}, and 'clip' where the DiT is conditioned on its embedding.
     Raises FileNotFoundError or ValueError that names the file.
     """
+    prompts = _prompts(config, tokenizer_path(config, workdir))
     _, boxed = build.abstract_params(config)
-    like = build.sharded(boxed["llm"], mesh)
     dtype = jnp.dtype(config.train.frozen_dtype)
-    path = tokenizer_path(config, workdir)
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > config.llm.vocab_size:
-        raise ConfigError(
-            f"The tokenizer in {path} has {tokenizer.vocab_size} tokens, "
-            f"more than llm.vocab_size = {config.llm.vocab_size}."
-        )
+    params = {}
+    llm = build.sharded(boxed["llm"], mesh)
     if config.weights.llm:
         with _users_files():
-            places = jax.tree.map(lambda x: x.sharding, like)
-            llm = load_llm(config.weights.llm, config.llm, places, dtype)
+            params["llm"] = load_llm(config.weights.llm, config.llm, _places(llm), dtype)
     else:
-        llm = checkpoint.load_tree(llm_path(workdir), like)
+        params["llm"] = checkpoint.load_tree(llm_path(workdir), llm)
+    if config.dit.pooled_width:
+        places = _places(build.sharded(boxed["clip"], mesh))
+        with _users_files():
+            _, params["clip"] = load_clip(config.weights.clip, config.clip, places, dtype)
     if config.autoencoder.kind == "identity":
-        return tokenizer, build.make_autoencoder(config), {"llm": llm, "autoencoder": {}}
+        return prompts, build.make_autoencoder(config), {**params, "autoencoder": {}}
     with _users_files():
-        net, params = load_autoencoder(
+        net, params["autoencoder"] = load_autoencoder(
             config.weights.autoencoder,
             dtype,
             config=config.autoencoder,
             shardings=sharding.replicated(mesh),  # its architecture is in its files
         )
     net = net.clone(dtype=jnp.dtype(config.train.dtype))
-    return tokenizer, build.make_autoencoder(config, net), {"llm": llm, "autoencoder": params}
+    return prompts, build.make_autoencoder(config, net), params
+
+
+def _prompts(config: ConfigDict, path: epath.Path) -> Prompts:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > config.llm.vocab_size:
+        raise ConfigError(
+            f"The tokenizer in {path} has {tokenizer.vocab_size} tokens, "
+            f"more than llm.vocab_size = {config.llm.vocab_size}."
+        )
+    with _users_files():
+        clip = _clip_tokenizer(config), config.clip.max_tokens
+        prompts = Prompts(tokenizer, config.data, *clip)
+    if prompts.length > config.llm.max_tokens:  # the config's own rule does not know the tokenizer
+        raise ConfigError(
+            f"data.max_text_tokens and the instruction make rows of {prompts.length} tokens, more "
+            f"than llm.max_tokens = {config.llm.max_tokens}."
+        )
+    return prompts
+
+
+def _places(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from t2i_jax import build, checkpoint, frozen, sharding
-from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.data.prompts import Prompts
 from t2i_jax.diffusion import sampling, time
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.autoencoder import Autoencoder
@@ -31,14 +31,14 @@ from t2i_jax.models.memory import TextMemory, concatenate, repeat
 
 
 class Pipeline(NamedTuple):
-    """A model with its weights, tokenizer and autoencoder, ready to draw."""
+    """A model with its weights, tokenizers and autoencoder, ready to draw."""
 
     config: ConfigDict
     model: TextToImageModel
     autoencoder: Autoencoder
-    tokenizer: Tokenizer
+    prompts: Prompts
     params: Any  # trained
-    frozen: Any  # {'llm', 'autoencoder'}
+    frozen: Any  # {'llm', 'autoencoder'}, and 'clip' where the model uses it
     mesh: Mesh
 
     @classmethod
@@ -52,11 +52,11 @@ class Pipeline(NamedTuple):
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)
             mesh = _mesh_here(config)
-            tokenizer, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
+            prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
             like = build.sharded(build.abstract_params(config)[0], mesh)
             params = saved.weights(step, weights, like)
         model = build.model(config)
-        return cls(config, model, autoencoder, tokenizer, params, frozen_params, mesh)
+        return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]:
         """Images of one or several prompts; options as of `draw`."""
@@ -102,22 +102,23 @@ class Pipeline(NamedTuple):
 
     def _draw_batch(self, prompts, sigmas, guidance, seed, first) -> np.ndarray:
         c = self.config
-        texts = [c.data.instruction + prompt if prompt else "" for prompt in prompts]
-        ids, mask = self.tokenizer.encode([*texts, ""], c.data.max_text_tokens)
-        _, one_longer = self.tokenizer.encode(texts, c.data.max_text_tokens + 1)
-        for text, cut in zip(texts, one_longer.all(axis=1), strict=True):
+        text = self.prompts.encode([*prompts, ""])
+        for prompt, cut in zip(prompts, self.prompts.cut(prompts), strict=True):
             if cut:
-                logging.warning("Only %d tokens are read of %r", c.data.max_text_tokens, text)
+                logging.warning("Only %d tokens are read of %r", self.prompts.length, prompt)
         replicated = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
             images = _solve(
                 self.model,
                 self.autoencoder,
+                build.clip(c),
                 build.latent_shape(c),
                 guidance == 1,
                 {"params": self.params, "frozen": self.frozen},
-                jax.device_put((ids[:-1], mask[:-1]), sharding.batch_sharding(self.mesh)),
-                jax.device_put((ids[-1:], mask[-1:]), replicated),
+                jax.device_put(
+                    {name: x[:-1] for name, x in text.items()}, sharding.batch_sharding(self.mesh)
+                ),
+                jax.device_put({name: x[-1:] for name, x in text.items()}, replicated),
                 jax.device_put(np.arange(first, first + len(prompts)), replicated),
                 jax.random.key(seed),
                 sigmas,
@@ -135,22 +136,35 @@ def _mesh_here(config: ConfigDict) -> Mesh:
         return sharding.make_mesh()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _solve(
-    model, autoencoder, latent_shape, unguided, weights, text, null, index_B, key, sigmas, guidance
+    model,
+    autoencoder,
+    clip,
+    latent_shape,
+    unguided,
+    weights,
+    text,
+    null,
+    index_B,
+    key,
+    sigmas,
+    guidance,
 ):
     """Token ids to uint8 images, one compiled program: memories, Euler's loop, decoding."""
     trained, fixed = weights["params"], weights["frozen"]
 
-    def encode_text(ids, mask) -> TextMemory:
-        features = model.apply({"params": {"llm": fixed["llm"]}}, ids, mask, method="read_text")
-        return model.apply({"params": trained}, features, method="remember")
+    def encode_text(text) -> TextMemory:
+        llm = {"params": {"llm": fixed["llm"]}}
+        features = model.apply(llm, text["ids"], text["mask"], method="read_text")
+        pooled = clip.apply({"params": fixed["clip"]}, text["clip_ids"]) if clip else None
+        return model.apply({"params": trained}, features, pooled, method="remember")
 
     def denoise(z, t_B, memory):
         return model.apply({"params": trained}, z, t_B, memory, method="denoise")
 
-    memory = encode_text(*text)
-    null_memory = repeat(encode_text(*null), len(index_B))
+    memory = encode_text(text)
+    null_memory = repeat(encode_text(null), len(index_B))
     velocity = sampling.guided(
         denoise, memory, null_memory, 1 if unguided else guidance, concatenate
     )

@@ -46,12 +46,14 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
             "frozen",
             f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "
             f"({c.weights.llm or 'pre-trained here'}), "
-            f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})",
+            f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})"
+            + (f", {build.count(frozen['clip']):,} CLIP" if "clip" in frozen else ""),
         ),
         (
             "images",
             f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
-            f"{tokens} tokens, with up to {c.data.max_text_tokens} of text",
+            f"{tokens} tokens, with up to {c.data.max_text_tokens} of text"
+            + (" and the instruction's" if c.data.instruction or c.data.chat_template else ""),
         ),
         ("data", f"{c.data.source}, {source}; captions dropped {c.data.caption_dropout:.0%}"),
         ("mesh", f"{mesh.size} {kind}: {grid}"),

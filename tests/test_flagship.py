@@ -179,5 +179,5 @@ def test_what_is_read_is_what_was_written(workdir, config):
     stored = random(vae_shapes())["decoder.conv_in.weight"].astype(jnp.bfloat16)
     np.testing.assert_array_equal(vae["decoder"]["conv_in"]["weight"], stored.transpose(2, 3, 1, 0))
     assert pipeline.frozen["llm"]["blocks"]["mlp"]["gate"]["weight"].shape == (3, 16, 40)
-    ids, mask = pipeline.tokenizer.encode(["a plain red picture"], 10)
+    ids, mask = pipeline.prompts.tokenizer.encode(["a plain red picture"], 10)
     assert ids[0, 0] == 2 and mask[0].sum() < 10

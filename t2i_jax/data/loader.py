@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from t2i_jax.data import images, sources
+from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -36,14 +37,15 @@ class Draw(enum.IntEnum):
 class Loader:
     """Shuffled training batches of one host, endlessly, from any step.
 
-    A batch is {'image': uint8 (b, H, W, 3), 'ids': int32 (b, T), 'mask': bool (b, T)}, where
-    b = batch_size / process_count and mask is True on tokens. `data` is the config's data section.
+    A batch is {'image': uint8 (b, H, W, 3), 'ids': int32 (b, T), 'mask': bool (b, T), ...}, where
+    b = batch_size / process_count and all but the image is what `prompts` makes of the captions.
+    `data` is the config's data section.
     """
 
     def __init__(
         self,
         source: sources.Source,
-        tokenizer: Tokenizer,
+        prompts: Prompts,
         data: ConfigDict,
         batch_size: int,
         seed: int,
@@ -57,7 +59,7 @@ class Loader:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"host {process_index} of {process_count}")
-        self._source, self._tokenizer = source, tokenizer
+        self._source, self._prompts = source, prompts
         self._data = types.SimpleNamespace(**data)  # a ConfigDict is slow to read for every sample
         self._batch_size, self._seed = batch_size, seed
         self._rows = batch_size // process_count
@@ -94,13 +96,13 @@ class Loader:
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
         """The samples `indices` of the source: nothing dropped or mirrored, cropped centrally."""
         size = self._data.image_size
-        pixels, texts = self._empty(len(indices)), []
+        pixels, captions = self._empty(len(indices)), []
         for row, index in enumerate(indices):
             sample = self._source[index]
             with _naming(sample, index):
                 pixels[row] = images.resize_and_crop(sample["image"], size)
-            texts.append(self._data.instruction + sample["caption"])
-        return self._with_tokens(pixels, texts)
+            captions.append(sample["caption"])
+        return {"image": pixels, **self._prompts.encode(captions)}
 
     def close(self) -> None:
         """Stops the threads of all iterators."""
@@ -116,21 +118,17 @@ class Loader:
     def _part(self, step: int, first: int, last: int) -> Batch:
         """Rows `first` to `last` of this host's batch at `step`."""
         start = step * self._batch_size + self._first_row
-        pixels, texts = self._empty(last - first), []
+        pixels, captions = self._empty(last - first), []
         for row, position in enumerate(range(start + first, start + last)):
             index = self._order[position]
             sample = self._source[index]
             with _naming(sample, index):
                 pixels[row] = self._image(sample, position)
-            texts.append(self._text(sample, position))
-        return self._with_tokens(pixels, texts)
+            captions.append(self._caption(sample, position))
+        return {"image": pixels, **self._prompts.encode(captions)}
 
     def _empty(self, count: int) -> np.ndarray:
         return np.empty((count, self._data.image_size, self._data.image_size, 3), np.uint8)
-
-    def _with_tokens(self, pixels: np.ndarray, texts: list[str]) -> Batch:
-        ids, mask = self._tokenizer.encode(texts, self._data.max_text_tokens)
-        return {"image": pixels, "ids": ids, "mask": mask}
 
     def _rng(self, draw: Draw, position: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, int(draw), position))
@@ -145,13 +143,13 @@ class Loader:
         flip = self._data.flip and self._happens(0.5, Draw.FLIP, position)
         return images.mirror(image) if flip else image
 
-    def _text(self, sample, position: int) -> str:
+    def _caption(self, sample, position: int) -> str:
         if self._happens(self._data.caption_dropout, Draw.CAPTION_DROPOUT, position):
             return ""
         caption = sample["caption"]
         if self._happens(self._data.original_caption_rate, Draw.ORIGINAL_CAPTION, position):
             caption = sample.get("original_caption") or caption
-        return self._data.instruction + caption
+        return caption
 
 
 @contextlib.contextmanager

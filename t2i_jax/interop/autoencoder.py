@@ -43,6 +43,8 @@ AUTOENCODER_DEFAULTS = {  # what diffusers takes for a field that config.json la
     "use_post_quant_conv": True,
     "scaling_factor": 0.18215,
     "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
 }
 
 
@@ -90,7 +92,9 @@ def load_autoencoder(
 
 
 def _autoencoder(directory: epath.Path, theirs: Mapping[str, Any], dtype: Any) -> AutoencoderKL:
+    # force_upcast (SDXL, FLUX) speaks of float16; bfloat16 and float32 have the range.
     fixed = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
+    fixed |= {"latents_mean": None, "latents_std": None}  # another scaling, by channel
     for name, value in fixed.items():
         if theirs[name] != value:
             raise ValueError(

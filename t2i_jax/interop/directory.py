@@ -15,8 +15,10 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
 
-_KINDS = ("llm", "autoencoder")
-_AUTOENCODER = 'stabilityai/stable-diffusion-3-medium-diffusers --include "vae/*"'
+_SD3 = "stabilityai/stable-diffusion-3-medium-diffusers --include "
+_SOURCES = {"autoencoder": _SD3 + '"vae/*"', "clip": _SD3 + '"text_encoder/*" "tokenizer/*"'}
+_KINDS = ("llm", *_SOURCES)
+_FOLDERS = {"autoencoder": "vae", "clip": "text_encoder"}  # where a diffusers pipeline has them
 _OWNERS = {"gemma-": "google", "paligemma-": "google", "Qwen3-": "Qwen"}  # of repositories
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".index.json"
@@ -26,7 +28,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     """What keeps the weights at `path` from being loaded; [] where they are all there.
 
-    `kind` is 'llm' or 'autoencoder'. Looks at which files there are; opens an index at most.
+    `kind` is 'llm', 'autoencoder' or 'clip'. Looks which files there are; opens an index at most.
     """
     if kind not in _KINDS:
         raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_KINDS)}.")
@@ -38,14 +40,14 @@ def find_weights(path: epath.PathLike, kind: str) -> list[str]:
 
 
 def fetch_command(path: epath.PathLike, kind: str) -> str:
-    """What to type to get weights of the kind into `path`.
+    """What to type to get weights of the kind, and what comes with them, into `path`.
 
     A language model's repository is told from the name of its directory ('weights/gemma-2-2b'), as
     far as that goes.
     """
     path = epath.Path(path)
-    source = _AUTOENCODER
-    if kind == "llm":
+    source = _SOURCES.get(kind)
+    if source is None:
         owners = (owner for start, owner in _OWNERS.items() if path.name.startswith(start))
         source = next((shlex.quote(f"{owner}/{path.name}") for owner in owners), "OWNER/NAME")
     return f"hf download {source} --local-dir {shlex.quote(str(path))}"
@@ -54,10 +56,10 @@ def fetch_command(path: epath.PathLike, kind: str) -> str:
 def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]:
     """The directory of the weights and the safetensors files in it; all exist."""
     directory = target = epath.Path(path).expanduser()
-    if kind == "autoencoder":  # downloaded as the folder vae/ of a pipeline
-        target = directory.parent if directory.name == "vae" else directory
-        if (directory / "vae" / "config.json").exists():
-            directory = directory / "vae"
+    if folder := _FOLDERS.get(kind):  # downloaded as a folder of a pipeline
+        target = directory.parent if directory.name == folder else directory
+        if (directory / folder / "config.json").exists():
+            directory = directory / folder
 
     def missing(what):
         return FileNotFoundError(

@@ -28,6 +28,8 @@ _DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
 }
+_SIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+_SIZES["I64"] = 8  # may be there, and is never a weight: the positions that old CLIPs stored
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -42,7 +44,9 @@ class Tensor:
     size: int  # bytes
 
     def read(self) -> np.ndarray:
-        """The tensor in its own dtype, read-only."""
+        """The tensor in its own dtype, read-only. Raises ValueError for integers."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.file}: a weight is {self.dtype!r}, not of {list(_DTYPES)}.")
         with self.file.open("rb") as f:
             f.seek(self.start)
             data = f.read(self.size)
@@ -205,13 +209,13 @@ def _header(file: epath.Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         try:
             dtype, shape, (first, last) = (entry[k] for k in ("dtype", "shape", "data_offsets"))
-            known = dtype in _DTYPES
+            known = dtype in _SIZES
             whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
         except (KeyError, TypeError, ValueError) as error:
             raise broken(f"the entry of {name} is {entry!r}") from error
         if not known:
             raise ValueError(f"{file}: {name} is {dtype!r}; weights are one of {list(_DTYPES)}.")
-        size = math.prod(shape) * _DTYPES[dtype].itemsize if whole else -1
+        size = math.prod(shape) * _SIZES[dtype] if whole else -1
         if not whole or last - first != size or start + last > total:
             raise broken(f"{name}, {dtype} {shape}, is at bytes {first} to {last} of its data")
         tensors[name] = Tensor(file, dtype, tuple(shape), start + first, size)

@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from t2i_jax.models import layers
+from t2i_jax.models import layers, tiles
 from t2i_jax.models.attention import attend
 from t2i_jax.sharding import with_axes
 
@@ -293,12 +293,14 @@ class Identity(nn.Module):
 class Autoencoder:
     """What training and sampling see of either network: pure functions of its parameters.
 
-    Latents are scaled, latent = (sample - shift) * scale, to have about unit variance.
+    Latents are scaled, latent = (sample - shift) * scale, to have about unit variance. Larger ones
+    than `tile` a side are decoded in tiles (tiles.py); 0: never.
     """
 
     net: AutoencoderKL | Identity
     scale: float = 1.0
     shift: float = 0.0
+    tile: int = 0
 
     @property
     def downsample(self) -> int:
@@ -324,10 +326,20 @@ class Autoencoder:
         sample_BHWC = moments.mean if key is None else moments.sample(key)
         return (sample_BHWC - self.shift) * self.scale
 
-    def decode(self, params: Any, latents_BHWC: jax.Array) -> jax.Array:
-        """Scaled latents (B, H', W', C) -> images (B, H, W, 3), float32, about [-1, 1]."""
+    def decode(self, params: Any, latents_BHWC: jax.Array, tile: int | None = None) -> jax.Array:
+        """Scaled latents (B, H', W', C) -> images (B, H, W, 3), float32, about [-1, 1].
+
+        In tiles of `tile`, by default the autoencoder's own; 0 and what covers the image: at once.
+        """
         sample_BHWC = latents_BHWC.astype(jnp.float32) / self.scale + self.shift
-        return self.net.apply({"params": params}, sample_BHWC, method="decode")
+        tile = self.tile if tile is None else tile
+
+        def decoder(x_BHWC):
+            return self.net.apply({"params": params}, x_BHWC, method="decode")
+
+        if not tile or tile >= max(sample_BHWC.shape[1:3]):
+            return decoder(sample_BHWC)
+        return tiles.decode(decoder, sample_BHWC, tile, self.downsample)
 
 
 def make(
@@ -336,6 +348,7 @@ def make(
     downsample: int,
     scale: float,
     shift: float,
+    tile: int = 0,
     *,
     net: AutoencoderKL | None = None,
     dtype: layers.Dtype = jnp.float32,
@@ -364,7 +377,7 @@ def make(
     ):
         if given != actual:
             raise ValueError(f"autoencoder.{name} is {given}, but its network has {actual}.")
-    return Autoencoder(net, scale, shift)
+    return Autoencoder(net, scale, shift, tile)
 
 
 def _pointwise(features: int, dtype: layers.Dtype, name: str | None = None) -> Conv:

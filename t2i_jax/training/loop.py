@@ -28,6 +28,7 @@ from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
 _MAY_CHANGE = (
     "name",
     "weights.",
+    "autoencoder.tile",
     "data.path",
     "data.num_threads",
     "data.prefetch",
@@ -54,7 +55,7 @@ class Parts(NamedTuple):
     config: ConfigDict
     workdir: epath.Path
     mesh: jax.sharding.Mesh
-    pipeline: Pipeline  # model, autoencoder, tokenizer and frozen parameters
+    pipeline: Pipeline  # model, autoencoder, tokenizers and frozen parameters
     train_loader: loader.Loader
     validation_source: sources.Source
     state: state.TrainState
@@ -201,7 +202,7 @@ def init_part(config: ConfigDict, mesh, stream: state.Stream, names) -> Any:
 
 def assemble(config, workdir, mesh, train_source, validation_source, saved) -> Parts:
     """Loads what is frozen, creates or restores the state, and builds the jitted functions."""
-    tokenizer, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
+    prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
     model = build.model(config)
     boxed, _ = build.abstract_params(config)
     trained = build.sharded(boxed, mesh)
@@ -215,7 +216,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         params = init_part(config, mesh, state.Stream.INIT, tuple(trained))
         create = jax.jit(lambda p: state.create(p, update), out_shardings=shardings)
         current = create(params)
-    objective = step.Objective(model, autoencoder, **config.flow)
+    objective = step.Objective(model, autoencoder, **config.flow, clip=build.clip(config))
     train_step = step.make_train_step(
         objective,
         update,
@@ -225,7 +226,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     )
     train_loader = loader.Loader(
         train_source,
-        tokenizer,
+        prompts,
         config.data,
         config.train.batch_size,
         config.seed,
@@ -236,7 +237,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         config,
         workdir,
         mesh,
-        Pipeline(config, model, autoencoder, tokenizer, current.ema, frozen_params, mesh),
+        Pipeline(config, model, autoencoder, prompts, current.ema, frozen_params, mesh),
         train_loader,
         validation_source,
         current,
@@ -371,7 +372,7 @@ def _validation_batches(parts: Parts) -> Iterator[Any]:
     rows = size // jax.process_count()
     first = jax.process_index() * rows
     held_out = loader.Loader(
-        parts.validation_source, parts.pipeline.tokenizer, config.data, rows, config.seed
+        parts.validation_source, parts.pipeline.prompts, config.data, rows, config.seed
     )
     for start in range(0, len(parts.validation_source) - size + 1, size):
         yield held_out.fixed_batch(range(start + first, start + first + rows))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from t2i_jax.diffusion import flow, time
+from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.sharding import constrain
 from t2i_jax.training.state import TrainState, update_ema
@@ -32,11 +33,13 @@ class Objective:
     shift: float
     time_mean: float
     time_std: float
+    clip: CLIPText | None = None
 
     def prepare(self, frozen: Any, batch: Any, key: jax.Array) -> Any:
         """Everything that has no gradient: latents, noise, times and what the LLM read.
 
-        `batch` is {'image': uint8 (B, H, W, 3), 'ids': (B, T), 'mask': (B, T)}.
+        `batch` is {'image': uint8 (B, H, W, 3), 'ids': (B, T), 'mask': (B, T)}, and with CLIP
+        'clip_ids': (B, 77).
         """
         key_latent, key_noise, key_time = (jax.random.fold_in(key, i) for i in range(3))
         images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
@@ -55,6 +58,7 @@ class Objective:
             "noise": constrain(noise, "batch", *(None,) * (noise.ndim - 1)),
             "t": constrain(t_B, "batch"),
             "features": self.read_text(frozen, batch),
+            "pooled": self.pool_text(frozen, batch),
         }
 
     def read_text(self, frozen: Any, batch: Any) -> Any:
@@ -63,6 +67,13 @@ class Objective:
             {"params": {"llm": frozen["llm"]}}, batch["ids"], batch["mask"], method="read_text"
         )
         return jax.lax.stop_gradient(features)
+
+    def pool_text(self, frozen: Any, batch: Any) -> jax.Array | None:
+        """CLIP's embedding of a batch (B, P), cut off from differentiation; None without CLIP."""
+        if self.clip is None:
+            return None
+        pooled_BP = self.clip.apply({"params": frozen["clip"]}, batch["clip_ids"])
+        return jax.lax.stop_gradient(pooled_BP)
 
     def loss_B(self, params: Any, inputs: Any) -> jax.Array:
         """Mean squared error of the velocity, row by row: (B,) float32."""

@@ -10,6 +10,7 @@ import pytest
 from configs import base
 from t2i_jax.data import images, loader, sources
 from t2i_jax.data.loader import Loader
+from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 
 SIZE, LENGTH = 6, 24
@@ -49,7 +50,8 @@ def data_config(**options):
 
 
 def make(tokenizer, length=1000, batch_size=8, seed=5, hosts=(0, 1), **options):
-    return Loader(Numbered(length), tokenizer, data_config(**options), batch_size, seed, *hosts)
+    data = data_config(**options)
+    return Loader(Numbered(length), Prompts(tokenizer, data), data, batch_size, seed, *hosts)
 
 
 def numbers(batch):
@@ -233,7 +235,7 @@ class Broken(Numbered):
 
 def test_an_image_that_does_not_decode_is_named(tokenizer):
     with (
-        Loader(Broken(10), tokenizer, data_config(), 2, 0) as broken,
+        Loader(Broken(10), Prompts(tokenizer, data_config()), data_config(), 2, 0) as broken,
         pytest.raises(images.BadImage, match=r"sample shard\.tar/\d: 8 bytes"),
     ):
         next(broken.batches())

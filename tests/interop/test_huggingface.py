@@ -271,8 +271,8 @@ def test_missing_weights_say_what_to_fetch(tmp_path):
     command = '--include "vae/*" --local-dir ' + str(tmp_path / "sd3")
     assert problem(tmp_path / "sd3" / "vae", "autoencoder").endswith(command)
     assert problem(tmp_path / "sd3", "autoencoder").endswith(command)
-    with pytest.raises(ValueError, match="kind of weights 'clip'"):
-        directory.find_weights(path, "clip")
+    with pytest.raises(ValueError, match="kind of weights 't5'"):
+        directory.find_weights(path, "t5")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "a.bin", "a/", 7])

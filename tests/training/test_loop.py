@@ -43,7 +43,7 @@ def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
     pipeline = Pipeline.load(trained)
     objective = step.Objective(pipeline.model, pipeline.autoencoder, **config.flow)
     source = sources.make_source(config, "validation")
-    held_out = loader.Loader(source, pipeline.tokenizer, config.data, 16, config.seed)
+    held_out = loader.Loader(source, pipeline.prompts, config.data, 16, config.seed)
     key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
 
     @jax.jit

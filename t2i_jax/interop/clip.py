@@ -1,0 +1,99 @@
+"""CLIP text encoders from transformers directories -> the parameters of `CLIPText`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+
+from t2i_jax.interop.directory import check_fields, find, read_json, shapes_of
+from t2i_jax.interop.safetensors import Rule, load, open_tensors
+from t2i_jax.models.clip import CLIPText
+
+_LAYER = "text_model.encoder.layers.{L}."
+CLIP = (
+    Rule("embed/weight", "text_model.embeddings.token_embedding.weight", "V D -> V D"),
+    Rule("positions", "text_model.embeddings.position_embedding.weight", "T D -> T D"),
+    Rule("blocks/attention_norm/weight", _LAYER + "layer_norm1.weight", "D -> D"),
+    Rule("blocks/attention_norm/bias", _LAYER + "layer_norm1.bias", "D -> D"),
+    Rule("blocks/q/weight", _LAYER + "self_attn.q_proj.weight", "NH D -> D N H"),
+    Rule("blocks/q/bias", _LAYER + "self_attn.q_proj.bias", "NH -> N H"),
+    Rule("blocks/k/weight", _LAYER + "self_attn.k_proj.weight", "NH D -> D N H"),
+    Rule("blocks/k/bias", _LAYER + "self_attn.k_proj.bias", "NH -> N H"),
+    Rule("blocks/v/weight", _LAYER + "self_attn.v_proj.weight", "NH D -> D N H"),
+    Rule("blocks/v/bias", _LAYER + "self_attn.v_proj.bias", "NH -> N H"),
+    Rule("blocks/attention_out/weight", _LAYER + "self_attn.out_proj.weight", "D NH -> N H D"),
+    Rule("blocks/attention_out/bias", _LAYER + "self_attn.out_proj.bias", "D -> D"),
+    Rule("blocks/mlp_norm/weight", _LAYER + "layer_norm2.weight", "D -> D"),
+    Rule("blocks/mlp_norm/bias", _LAYER + "layer_norm2.bias", "D -> D"),
+    Rule("blocks/mlp_up/weight", _LAYER + "mlp.fc1.weight", "F D -> D F"),
+    Rule("blocks/mlp_up/bias", _LAYER + "mlp.fc1.bias", "F -> F"),
+    Rule("blocks/mlp_down/weight", _LAYER + "mlp.fc2.weight", "D F -> F D"),
+    Rule("blocks/mlp_down/bias", _LAYER + "mlp.fc2.bias", "D -> D"),
+    Rule("final_norm/weight", "text_model.final_layer_norm.weight", "D -> D"),
+    Rule("final_norm/bias", "text_model.final_layer_norm.bias", "D -> D"),
+    Rule("projection/weight", "text_projection.weight", "P D -> D P"),
+)
+CLIP_CONFIG = {  # our field -> theirs
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "max_tokens": "max_position_embeddings",
+    "projection_width": "projection_dim",
+    "activation": "hidden_act",
+    "eos_id": "eos_token_id",
+    "norm_eps": "layer_norm_eps",
+}
+CLIP_DEFAULTS = {  # what transformers takes for a field that config.json lacks
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 77,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49_407,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def load_clip(
+    path: epath.PathLike,
+    clip: Mapping[str, Any] | None = None,
+    shardings: Any = None,
+    dtype: Any = jnp.float32,
+) -> tuple[CLIPText, dict[str, Any]]:
+    """The network and unboxed parameters of a CLIPTextModelWithProjection directory.
+
+    Args:
+      path: the directory with config.json and *.safetensors, or one whose folder text_encoder/
+        is that.
+      clip: the config's section `clip`, checked against config.json where given.
+      shardings: a tree like the parameters of where each goes, or one for all; default: the first
+        device.
+      dtype: of the parameters, and of the computation (`net.clone(dtype=...)` changes the latter).
+
+    Raises FileNotFoundError where weights are missing, and ValueError where config.json describes
+    another network, or disagrees with `clip`, or the tensors with it.
+    """
+    directory, files = find(path, "clip")
+    theirs = CLIP_DEFAULTS | read_json(directory / "config.json")
+    if theirs.get("model_type") != "clip_text_model":
+        raise ValueError(
+            f"{directory / 'config.json'} has model_type {theirs.get('model_type')!r}; only "
+            "'clip_text_model' is read here."
+        )
+    actual = {ours: theirs[name] for ours, name in CLIP_CONFIG.items()}
+    if clip is not None:
+        fields = [(f"clip.{o}", clip[o], t, theirs[t]) for o, t in CLIP_CONFIG.items()]
+        check_fields(directory, fields)
+    net = CLIPText(**actual, dtype=jnp.dtype(dtype))
+
+    tensors = open_tensors(files)
+    shapes = shapes_of(net.init, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    unused = {"text_model.embeddings.position_ids"}  # 0, 1, 2, ..., which older versions stored
+    return net, load(directory, tensors, shapes, CLIP, shardings, dtype, unused=unused)

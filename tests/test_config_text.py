@@ -1,0 +1,40 @@
+"""Contradictions of CLIP, chat templates and tiles, by the small config of test_config.py."""
+
+import pytest
+
+from t2i_jax import config as configs
+from tests.test_config import changed, problems
+
+CONTRADICTIONS = {
+    "autoencoder.tile = 16, but autoencoder.kind = 'identity' (pixels) has 0": {
+        "autoencoder__tile": 16
+    },
+    "dit.pooled_width = 512, but the embedding that CLIP gives has clip.projection_width = 768": {
+        "dit__pooled_width": 512
+    },
+    "weights.clip = '', but dit.pooled_width = 768 needs CLIP": {
+        "dit__pooled_width": 768,
+        "weights__clip": "",
+    },
+    "clip.width = 768 is not divisible by clip.num_heads = 7": {
+        "dit__pooled_width": 768,
+        "clip__num_heads": 7,
+    },
+    "data.chat_template = True, but weights.tokenizer = '' makes one that has none": {
+        "data__chat_template": True
+    },
+    "data.add_generation_prompt = True, but data.chat_template = False": {
+        "data__add_generation_prompt": True
+    },
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_a_contradiction_is_named(message):
+    (problem,) = problems(changed(**CONTRADICTIONS[message]))
+    assert problem.startswith(message)
+
+
+def test_clip_is_looked_at_only_where_it_is_used():
+    unused = changed(weights__clip="", clip__num_heads=7, clip__projection_width=5)
+    configs.validate(unused, configs.base())
