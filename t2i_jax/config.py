@@ -5,12 +5,11 @@ keys there are, its values give their types. Whatever is wrong is said at start,
 ConfigError, every line naming a key (t2i_jax/cli.py shows it without a traceback).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 import difflib
 import importlib
 import importlib.util
 import json
-import math
 from pathlib import Path
 import re
 import sys
@@ -19,77 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from t2i_jax.data.sources import SOURCES
 from t2i_jax.errors import ConfigError
-from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
-from t2i_jax.models.conditioning import CONDITIONING
-from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
-from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
-from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
-from t2i_jax.models.positions import IMAGE_POSITIONS
-from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "autoencoder.kind": ("kl", "identity"),
-    "clip.activation": tuple(CLIP_ACTIVATIONS),
-    "data.source": tuple(SOURCES),
-    "dit.attention": tuple(ATTENTIONS),
-    "dit.conditioning": tuple(CONDITIONING),
-    "dit.positions": tuple(IMAGE_POSITIONS),
-    "dit.prediction": tuple(PREDICTIONS),
-    "dit.remat": tuple(REMAT_POLICIES),
-    "llm.activation": tuple(ACTIVATIONS),
-    "memory.source": tuple(MEMORY_SOURCES),
-    "optimizer.name": tuple(OPTIMIZERS),
-    "optimizer.schedule": tuple(SCHEDULES),
-    "train.dtype": ("float32", "bfloat16"),
-    "train.frozen_dtype": ("float32", "bfloat16"),
-}
-
-_Range = tuple[Callable[[float], bool], str]
-_POSITIVE: _Range = (lambda x: x > 0, "positive")
-_OR_ZERO: _Range = (lambda x: x >= 0, "zero or more")
-_RATE: _Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
-_DECAY: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-_SHARDS: _Range = (lambda x: x == -1 or x > 0, "positive, or -1: the rest of the devices")
-
-# What numbers may be. Those that are not named here are positive.
-RANGES: dict[str, _Range] = {
-    "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
-    "pretrain.steps": _OR_ZERO,
-    "pretrain.vocab_size": (
-        lambda x: x == 0 or x >= 260,
-        "0, or at least 260: the bytes and the special tokens",
-    ),
-    "llm.norm_offset": (lambda x: x in (0, 1), "1 or 0"),
-    "llm.query_scalar": _OR_ZERO,
-    "llm.softcap": _OR_ZERO,
-    "llm.logit_softcap": _OR_ZERO,
-    "memory.first_layer": _OR_ZERO,
-    "dit.table_size": _OR_ZERO,
-    "dit.pooled_width": _OR_ZERO,
-    "clip.eos_id": _OR_ZERO,
-    "autoencoder.shift": (lambda x: True, "finite"),
-    "autoencoder.tile": _OR_ZERO,
-    "flow.time_mean": (lambda x: True, "finite"),
-    "data.caption_dropout": _RATE,
-    "data.original_caption_rate": _RATE,
-    "data.max_text_tokens": (lambda x: x >= 2, "at least 2: the first token, BOS, and one more"),
-    "data.validation_size": _OR_ZERO,
-    "optimizer.weight_decay": _OR_ZERO,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
-    "optimizer.warmup_steps": _OR_ZERO,
-    "optimizer.decay_steps": _OR_ZERO,
-    "ema.decay": _DECAY,
-    "validation.every": _OR_ZERO,
-    "sampling.every": _OR_ZERO,
-    "sampling.guidance": _OR_ZERO,
-    "mesh.data": _SHARDS,
-    "mesh.fsdp": _SHARDS,
-    "mesh.tensor": _SHARDS,
-}
-
+from t2i_jax.rules import contradictions, did_you_mean, flat
 
 # --- reading ---
 
@@ -136,7 +66,11 @@ def read(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{file} defines no get_config(): it is not a config.")
         config = module.get_config(*argument)
+    except ConfigError:
+        raise
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {frames[-1].lineno}" if frames else ""
@@ -207,201 +141,6 @@ def differences(config: ConfigDict, schema: ConfigDict) -> list[str]:
     return sorted(problems)
 
 
-def contradictions(config: ConfigDict) -> list[str]:
-    """What cannot work in a config that has all keys, in their types."""
-    problems = []
-    for key, value in flat(config).items():
-        if key in CHOICES and value not in CHOICES[key]:
-            hint = did_you_mean(difflib.get_close_matches(value, CHOICES[key], 1, 0.4))
-            problems.append(f"{key} = {value!r} is unknown; known: {list(CHOICES[key])}.{hint}")
-        if type(value) in (int, float):
-            allowed, words = RANGES.get(key, _POSITIVE)
-            if not (math.isfinite(value) and allowed(value)):
-                problems.append(f"{key} = {value} must be {words}")
-    for rules in (_model_rules, _data_rules, _training_rules):
-        problems += rules(config)
-    return problems
-
-
-def _divides(config: ConfigDict, whole: str, part: str) -> Iterator[str]:
-    values = flat(config)
-    if values[part] > 0 and values[whole] % values[part]:
-        yield f"{whole} = {values[whole]} is not divisible by {part} = {values[part]}"
-
-
-def _model_rules(config: ConfigDict) -> Iterator[str]:
-    llm, weights, autoencoder = config.llm, config.weights, config.autoencoder
-    yield from _divides(config, "llm.num_heads", "llm.num_kv_heads")
-    if llm.head_width % 4:
-        yield f"llm.head_width = {llm.head_width} is not divisible by 4 (rotary pairs, two axes)"
-    plain = not llm.softcap and llm.query_scalar in (0, llm.head_width)
-    if llm.softcap_shared and plain:
-        yield (
-            f"llm.softcap_shared = True, but llm.softcap = {llm.softcap} and llm.query_scalar = "
-            f"{llm.query_scalar} leave nothing to share"
-        )
-    yield from _memory_rules(config)
-    if not weights.llm and not config.pretrain.steps:
-        yield "weights.llm = '' and pretrain.steps = 0: an LLM is loaded or trained here"
-    if weights.llm and not weights.tokenizer:
-        yield f"weights.tokenizer = '', but weights.llm = {weights.llm!r} needs its own"
-    if not weights.tokenizer and not config.pretrain.vocab_size:
-        yield "weights.tokenizer = '' and pretrain.vocab_size = 0: how large is the one made here?"
-    if not weights.tokenizer and config.pretrain.vocab_size > llm.vocab_size:
-        yield (
-            f"pretrain.vocab_size = {config.pretrain.vocab_size} is more than llm.vocab_size = "
-            f"{llm.vocab_size}: every token needs an embedding"
-        )
-    if autoencoder.kind == "identity":
-        for key, wanted in (("channels", 3), ("downsample", 1), ("tile", 0)):
-            if autoencoder[key] != wanted:
-                yield (
-                    f"autoencoder.{key} = {autoencoder[key]}, but autoencoder.kind = 'identity' "
-                    f"(pixels) has {wanted}"
-                )
-        if weights.autoencoder:
-            yield (
-                f"weights.autoencoder = {weights.autoencoder!r}, but autoencoder.kind = 'identity' "
-                "has no weights"
-            )
-    elif not weights.autoencoder:
-        yield f"weights.autoencoder = '', but autoencoder.kind = {autoencoder.kind!r} needs weights"
-
-
-def _memory_rules(config: ConfigDict) -> Iterator[str]:
-    memory, dit, llm, clip = config.memory, config.dit, config.llm, config.clip
-    if memory.source in ("deep", "mixture") and dit.num_layers > llm.num_layers:
-        yield (
-            f"dit.num_layers = {dit.num_layers} is more than llm.num_layers = {llm.num_layers}: "
-            f"a layer of the DiT shares one of the LLM (memory.source = {memory.source!r})"
-        )
-    if memory.source == "middle":
-        if not memory.first_layer < llm.num_layers <= dit.num_layers:
-            yield (
-                f"memory.source = 'middle' shares the layers from memory.first_layer = "
-                f"{memory.first_layer} to the last of llm.num_layers = {llm.num_layers}; there "
-                f"must be one, and dit.num_layers = {dit.num_layers} must have them"
-            )
-    elif memory.first_layer:
-        yield (
-            f"memory.first_layer = {memory.first_layer}, but memory.source = {memory.source!r} "
-            "does not read it"
-        )
-    if not dit.pooled_width:
-        return
-    if dit.conditioning == "none":
-        yield (
-            f"dit.pooled_width = {dit.pooled_width}, but dit.conditioning = 'none' has nothing "
-            "that a pooled embedding is added to"
-        )
-    if dit.pooled_width != clip.projection_width:
-        yield (
-            f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
-            f"clip.projection_width = {clip.projection_width}"
-        )
-    if not config.weights.clip:
-        yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
-    yield from _divides(config, "clip.width", "clip.num_heads")
-
-
-def _data_rules(config: ConfigDict) -> Iterator[str]:
-    data = config.data
-    if data.max_text_tokens > config.llm.max_tokens:
-        yield (
-            f"data.max_text_tokens = {data.max_text_tokens} is more than llm.max_tokens = "
-            f"{config.llm.max_tokens}, up to which the language model is exact"
-        )
-    cell = config.autoencoder.downsample * config.dit.patch_size
-    if cell > 0 and data.image_size % cell:
-        yield (
-            f"data.image_size = {data.image_size} is not divisible by autoencoder.downsample * "
-            f"dit.patch_size = {cell}"
-        )
-    side = data.image_size // cell if cell > 0 else 0
-    if 0 < config.dit.table_size < side:
-        yield (
-            f"dit.table_size = {config.dit.table_size} is less than the {side} patches that "
-            f"data.image_size = {data.image_size} has along a side"
-        )
-    if config.dit.table_size and config.dit.width % 4:
-        yield f"dit.width = {config.dit.width} is not divisible by 4, as dit.table_size > 0 needs"
-    if data.chat_template and not config.weights.tokenizer:
-        yield "data.chat_template = True, but weights.tokenizer = '' makes one that has none"
-    if data.add_generation_prompt and not data.chat_template:
-        yield "data.add_generation_prompt = True, but data.chat_template = False"
-    if data.source == "webdataset":
-        for key in ("path", "image_field", "caption_field"):
-            if not data[key]:
-                yield f"data.{key} = '', but data.source = 'webdataset' needs it"
-        if data.original_caption_rate > 0 and not data.original_caption_field:
-            yield (
-                f"data.original_caption_rate = {data.original_caption_rate}, but "
-                "data.original_caption_field = '' names none"
-            )
-    else:
-        if data.flip:
-            yield f"data.flip = True, but data.source = {data.source!r} has a left and a right"
-        if data.original_caption_rate:
-            yield (
-                f"data.original_caption_rate = {data.original_caption_rate}, but data.source = "
-                f"{data.source!r} has one caption a sample"
-            )
-    if config.validation.every and not data.validation_size:
-        yield f"validation.every = {config.validation.every}, but data.validation_size = 0"
-
-
-def _training_rules(config: ConfigDict) -> Iterator[str]:
-    train, optimizer, sampling, mesh = config.train, config.optimizer, config.sampling, config.mesh
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.name):
-        yield f"name = {config.name!r} must be letters, digits and any of _ . - /, for runs/<name>"
-    yield from _divides(config, "train.batch_size", "train.accumulation")
-    if optimizer.warmup_steps >= train.steps:
-        yield (
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} is not less than train.steps = "
-            f"{train.steps}: it would never reach its learning rate"
-        )
-    if optimizer.decay_steps and optimizer.warmup_steps + optimizer.decay_steps > train.steps:
-        yield (
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} + optimizer.decay_steps = "
-            f"{optimizer.decay_steps} is more than train.steps = {train.steps}"
-        )
-    if optimizer.decay_steps and optimizer.schedule == "constant":
-        yield (
-            f"optimizer.decay_steps = {optimizer.decay_steps}, but optimizer.schedule = 'constant' "
-            "does not decay"
-        )
-    if sampling.steps > config.flow.num_timesteps:
-        yield (
-            f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "
-            f"{config.flow.num_timesteps}, the levels there are"
-        )
-    if sampling.every and not sampling.prompts:
-        yield f"sampling.every = {sampling.every}, but sampling.prompts is empty"
-    times = config.validation.timesteps
-    if config.validation.every and not times:
-        yield f"validation.every = {config.validation.every}, but validation.timesteps is empty"
-    if not all(0 < t <= 1 for t in times):
-        yield f"validation.timesteps = {times} must be above 0 (data) and at most 1 (noise)"
-    free = [f"mesh.{axis}" for axis in mesh if mesh[axis] == -1]
-    if len(free) > 1:
-        yield f"{' = '.join(free)} = -1: only one axis can take the rest of the devices"
-    shards, rows = mesh.data * mesh.fsdp, train.batch_size // max(train.accumulation, 1)
-    if "mesh.data" not in free and "mesh.fsdp" not in free and shards > 0 and rows % shards:
-        yield (
-            f"train.batch_size / train.accumulation = {rows} is not divisible by mesh.data * "
-            f"mesh.fsdp = {shards}"
-        )
-
-
-def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{'train.steps': 1000, ...}; an empty section is a key of its own."""
-    out = {}
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict) and len(value)
-        out.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-    return out
-
-
 def _repaired(config: ConfigDict, schema: ConfigDict) -> tuple[ConfigDict, list[str]]:
     """The schema with what is usable in the config, and the keys that were not."""
     here = flat(config)
@@ -437,7 +176,3 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
     leaf = key.rsplit(".", 1)[-1]
     same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
     return difflib.get_close_matches(key, same, 2, 0) or difflib.get_close_matches(key, known, 1)
-
-
-def did_you_mean(nearest: Sequence[str]) -> str:
-    return f" Did you mean {' or '.join(nearest)}?" if nearest else ""
