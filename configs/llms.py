@@ -30,7 +30,7 @@ def gemma_2_2b(config: ConfigDict) -> None:
 
 def qwen3_0_6b(config: ConfigDict) -> None:
     """Qwen3 0.6B Base (arXiv 2505.09388, table 1), and a DiT as deep, as wide, with its MLP."""
-    weights(config, "weights/qwen3-0.6b-base")
+    weights(config, "weights/Qwen3-0.6B-Base")
     config.llm.update(
         vocab_size=151_936,
         width=1024,

@@ -36,12 +36,17 @@ def main(_):
         return
     failed = []
     for file in files:
-        report = parity.check(file)
+        try:
+            report = parity.check(file)
+        except ValueError as error:
+            print(f"{file.stem:<18} cannot be read: {error}", flush=True)
+            failed.append(file.stem)
+            continue
         print(parity.row(file.stem, report), flush=True)
         if not all(error.good for error in report):
             failed.append(file.stem)
     if failed:
-        sys.exit(f"Over tolerance: {', '.join(failed)}")
+        sys.exit(f"Over tolerance, or not read: {', '.join(failed)}")
     print(f"All {len(files)} are within tolerance.")
 
 

@@ -49,6 +49,11 @@ def _boxed(text_to_image: TextToImageModel, shape: tuple[int, int, int]) -> Any:
     return jax.eval_shape(lambda key: fusion.init(text_to_image, key, shape), jax.random.key(0))
 
 
+@functools.lru_cache(maxsize=4)
+def _abstract_autoencoder(net: autoencoder.Autoencoder) -> Any:
+    return jax.eval_shape(net.init, jax.random.key(0))
+
+
 def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     """(trained, frozen) parameters, abstract and boxed with their logical axes.
 
@@ -57,7 +62,7 @@ def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     boxed = _boxed(model(config), latent_shape(config))
     trained = {name: part for name, part in boxed.items() if name not in FROZEN}
     frozen = {name: boxed[name] for name in FROZEN}
-    frozen["autoencoder"] = jax.eval_shape(make_autoencoder(config).init, jax.random.key(0))
+    frozen["autoencoder"] = _abstract_autoencoder(make_autoencoder(config))
     if encoder := clip(config):
         ids = jax.ShapeDtypeStruct((1, config.clip.max_tokens), jnp.int32)
         frozen["clip"] = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]

@@ -175,6 +175,15 @@ def _memory_rules(config: ConfigDict) -> Iterator[str]:
             f"memory.first_layer = {memory.first_layer}, but memory.source = {memory.source!r} "
             "does not read it"
         )
+    if llm.softcap_shared and memory.source in ("shallow", "middle"):
+        yield (
+            f"llm.softcap_shared = True, but memory.source = {memory.source!r} shares no layer, or "
+            "not all of the DiT's"
+        )
+    if dit.positions == "none" and not dit.table_size:
+        yield (
+            "dit.positions = 'none' and dit.table_size = 0: no image token would know where it is"
+        )
     if not dit.pooled_width:
         return
     if dit.conditioning == "none":

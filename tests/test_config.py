@@ -149,28 +149,16 @@ CONTRADICTIONS = {
         "mesh__data": 3,
     },
     "llm.width = -128 must be positive": {"llm__width": -128},
-    "llm.norm_offset = 0.5 must be 1 or 0": {"llm__norm_offset": 0.5},
-    "llm.softcap_shared = True, but llm.softcap = 0.0": {"llm__softcap_shared": True},
-    "data.max_text_tokens = 256 is more than llm.max_tokens = 255": {"llm__max_tokens": 255},
     "seed = -1 must be from 0 to 2**32 - 1": {"seed": -1},
     "name = '../x' must be letters": {"name": "../x"},
     "dit.conditioning = 'adaln_zero' is unknown; known: ['adaln-zero', "
     "'adaln-single', 'addition', 'none']. Did you mean adaln-zero?": {
         "dit__conditioning": "adaln_zero"
     },
-    "memory.first_layer = 2, but memory.source = 'deep'": {"memory__first_layer": 2},
-    "memory.source = 'middle' shares the layers from memory.first_layer = 18": {
-        "memory__source": "middle",
-        "memory__first_layer": 18,
-    },
     "dit.remat = 'dot' is unknown; known: ['none', 'full', 'dots']. Did you mean dots?": {
         "dit__remat": "dot"
     },
 }
-
-
-def test_a_shared_soft_cap_is_no_contradiction():
-    validate(changed(llm__softcap=50.0, llm__softcap_shared=True), configs.base())
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)

@@ -57,27 +57,74 @@ def test_every_config_of_the_study_is_in_the_table():
     assert files == {name for name in SIZES if "/" in name}
 
 
+GEMMA_2_2B = {
+    **{"llm.width": 2304, "llm.num_layers": 26, "llm.num_kv_heads": 4, "llm.mlp_width": 9216},
+    **{"llm.post_norms": True, "llm.query_scalar": 256.0, "llm.max_tokens": 4096},
+    **{"llm.softcap": 50.0, "llm.logit_softcap": 30.0},
+    **{"dit.width": 2304, "dit.num_layers": 26, "dit.mlp_width": 9216, "dit.sandwich_norm": True},
+    **{"weights.llm": "weights/gemma-2-2b", "weights.tokenizer": "weights/gemma-2-2b"},
+}
+IT = {"weights.llm": "weights/gemma-2b-it", "weights.tokenizer": "weights/gemma-2b-it"}
+PALIGEMMA = "weights/paligemma-3b-pt-448"
+DIFFERENCES = {  # from the baseline, to the last key
+    "rope_1d": {"dit.positions": "1d-rope", "dit.table_size": 0},
+    "rope_2d": {"dit.positions": "2d-rope", "dit.table_size": 0},
+    "m_rope": {"dit.positions": "m-rope", "dit.table_size": 0},
+    "adaln_single": {"dit.conditioning": "adaln-single"},
+    "addition": {"dit.conditioning": "addition"},
+    "no_temb": {"dit.conditioning": "none"},
+    "clip_mod": {"dit.pooled_width": 768},
+    "cross_attention": {"dit.attention": "cross"},
+    "gemma_2": GEMMA_2_2B,
+    "gemma_it": IT,
+    "gemma_it_instruction": IT | {"data.instruction": "Imagine: "},
+    "paligemma": {
+        **{"weights.llm": PALIGEMMA, "weights.tokenizer": PALIGEMMA},
+        "llm.vocab_size": 257_216,
+    },
+    "hidden_1280": {"dit.width": 1280},
+    "hidden_1536": {"dit.width": 1536},
+    "hidden_1792": {"dit.width": 1792},
+    "layers_10": {"llm.num_layers": 14, "dit.num_layers": 10},
+    "layers_14": {"llm.num_layers": 16, "dit.num_layers": 14},
+    "dit_self_attention": {"memory.source": "shallow"},
+    "dit_cross_attention": {"memory.source": "shallow", "dit.attention": "cross"},
+    "middle": {"memory.source": "middle", "memory.first_layer": 4, "llm.num_layers": 14},
+    "mixture": {"memory.source": "mixture"},
+}
+
+
+def differences(name, base):
+    here, there = config.flat(load(name)), config.flat(load(base))
+    return {key: value for key, value in here.items() if value != there[key]}
+
+
 def test_an_ablation_differs_from_the_baseline_in_one_thing():
-    base = config.flat(load("ablations/baseline"))
-    llms = {"gemma_2", "gemma_it", "gemma_it_instruction", "paligemma"}
     names = set()
-    for name in SIZES:
-        if "/" not in name or name.endswith("baseline"):
-            continue
-        here = config.flat(load(name))
-        changed = {key for key in here if here[key] != base[key]} - {"name"}
-        sections = {key.split(".")[0] for key in changed}
-        recipe = {"optimizer", "train", "ema", "flow", "sampling", "autoencoder", "mesh"}
-        assert changed and not sections & recipe, (name, changed)
-        assert name.split("/")[1] in llms or len(changed) <= 3, (name, changed)
-        names.add(here["name"])
-    assert len(names) == len([name for name in SIZES if "/" in name]) - 1  # each its own workdir
+    for name, expected in DIFFERENCES.items():
+        found = differences(f"ablations/{name}", "ablations/baseline")
+        names.add(found.pop("name"))
+        assert found == expected, name
+    assert DIFFERENCES.keys() | {"baseline"} == {n.split("/")[1] for n in SIZES if "/" in n}
+    assert len(names) == len(DIFFERENCES)  # each its own working directory
+
+
+def test_the_flagships_and_the_baseline():
+    table = {"dit.positions": "none", "dit.table_size": 64, "name": "ablations/baseline"}
+    assert differences("ablations/baseline", "base") == table
+    assert load("ablations/baseline").dit.table_range == 16.0
+    assert differences("fusion_2b", "base") == {"dit.conditioning": "none", "name": "fusion_2b"}
+    large = differences("fusion_2b_gemma2", "fusion_2b")
+    data = ("cc12m-recaptioned/cc12m-train-{0000..2175}", "sa1b/sa1b-train-{0000..1109}")
+    data += ("journeydb/journeydb-train-{000..199}",)
+    assert large == GEMMA_2_2B | {
+        "name": "fusion_2b_gemma2",
+        "train.steps": 1_000_000,
+        "data.path": "::".join(f"data/{shards}.tar" for shards in data),
+    }
 
 
 def test_the_published_recipe():
-    c = load("fusion_2b_gemma2")
-    assert c.train.steps == 1_000_000 and load("fusion_2b").train.steps == 500_000
-    assert len(c.data.path.split("::")) == 3
     for name in ("ablations/baseline", "ablations/dit_cross_attention", "fusion_2b_gemma2"):
         c = load(name)
         o = c.optimizer
@@ -91,4 +138,5 @@ def test_the_published_recipe():
             0.1,
             256,
         )
+        assert c.train.steps == (1_000_000 if name == "fusion_2b_gemma2" else 500_000)
         assert c.dit.qk_norm and c.dit.prediction == "velocity"

@@ -50,6 +50,14 @@ def model(
     return fusion.build(*sections, channels=LATENTS[-1], dtype=dtype)
 
 
+def in_bfloat16(net: TextToImageModel) -> TextToImageModel:
+    """The same model, computing in bfloat16."""
+    parts = {
+        name: getattr(net, name).clone(dtype=jnp.bfloat16) for name in ("llm", "memory", "dit")
+    }
+    return net.clone(**parts)
+
+
 def params(net: TextToImageModel, seed: int = 0) -> Any:
     """Random parameters, none of them zero, float32."""
     one_token = (net.dit.patch_size, net.dit.patch_size, LATENTS[-1])

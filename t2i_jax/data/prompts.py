@@ -15,9 +15,9 @@ class Prompts:
 
     As published, the instruction takes no room from the captions: rows have `max_text_tokens` and
     the tokens of the instruction (with the chat template: of the templated instruction), BOS not
-    counted twice. The published code counts an instruction without its trailing spaces, and at
-    most `max_text_tokens` of it; so do we. In sampling it has no chat template; we do as in
-    training.
+    counted twice (the published code takes one off where a tokenizer has no BOS, too). It counts
+    an instruction without its trailing spaces, and at most `max_text_tokens` of it; so do we. In
+    sampling it has no chat template; we do as in training.
 
     Attributes:
       length: T, the length of a row.

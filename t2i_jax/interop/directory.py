@@ -16,9 +16,17 @@ from flax.traverse_util import flatten_dict
 import jax
 
 _SD3 = "stabilityai/stable-diffusion-3-medium-diffusers --include "
-_SOURCES = {"autoencoder": _SD3 + '"vae/*"', "clip": _SD3 + '"text_encoder/*" "tokenizer/*"'}
+_SOURCES = {
+    "autoencoder": _SD3 + '"vae/*"',
+    "clip": _SD3 + '"text_encoder/*" "tokenizer/*"',
+    "transformer": "ooutlierr/fuse-dit",
+}
 _KINDS = ("llm", *_SOURCES)
-_FOLDERS = {"autoencoder": "vae", "clip": "text_encoder"}  # where a diffusers pipeline has them
+_FOLDERS = {
+    "autoencoder": "vae",
+    "clip": "text_encoder",
+    "transformer": "transformer",
+}  # where a diffusers pipeline has them
 _OWNERS = {"gemma-": "google", "paligemma-": "google", "Qwen3-": "Qwen"}  # of repositories
 _NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".index.json"
@@ -28,7 +36,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     """What keeps the weights at `path` from being loaded; [] where they are all there.
 
-    `kind` is 'llm', 'autoencoder' or 'clip'. Looks which files there are; opens an index at most.
+    `kind` is 'llm', 'autoencoder', 'clip' or 'transformer', a published model's. Looks which files
+    there are; opens an index at most.
     """
     if kind not in _KINDS:
         raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_KINDS)}.")

@@ -163,11 +163,12 @@ class Mixture(Source):
         weight = self.param("weight", with_axes(aligned, (None, None)), shape)
 
         def mix(x_MBTKH):
+            # In float32: in bfloat16 a weight of 1 would move by steps of a hundredth.
             mixed = jnp.einsum(
                 "LM,MBTKH->LBTKH",
-                weight.astype(self.dtype),
-                x_MBTKH.astype(self.dtype),
-                preferred_element_type=jnp.float32,
+                weight.astype(jnp.float32),
+                x_MBTKH.astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
             )
             return mixed.astype(self.dtype)
 

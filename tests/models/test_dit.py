@@ -309,6 +309,12 @@ def test_at_first_the_velocity_is_zero_and_blocks_are_the_identity():
         assert 0.97 * bound < np.abs(weight).max() <= bound
         assert weight.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         assert abs(np.corrcoef(weight.reshape(3, -1)) - np.eye(3)).max() < 0.2  # each layer its own
+    cross = make(num_layers=3, attention="cross", conditioning="adaln-single")
+    fresh = meta.unbox(jax.jit(cross.init)(jax.random.key(0), Z, T_B, memory(3))["params"])
+    for name, fans in (("cross_q", 24 + 32), ("cross_out", 32 + 24)):
+        weight = np.asarray(fresh["blocks"][name]["weight"])
+        assert weight.std() == pytest.approx(np.sqrt(2 / fans), rel=0.05)
+    assert fresh["final_modulation"]["table"].std() == pytest.approx(24**-0.5, rel=0.3)
     patch = np.asarray(flat["patch_embed/weight"])  # as a linear layer of 2 * 2 * 3 inputs
     bound = np.sqrt(6 / (12 + 24))
     assert 0.95 * bound < np.abs(patch).max() <= bound

@@ -114,16 +114,18 @@ def test_every_pixel_moves_the_whole_velocity_of_its_row_and_of_no_other(params)
         assert moved[i, :, :, j].all() if i == j else not moved[i, :, :, j].any()
 
 
-def test_rows_in_another_order_give_the_same_in_that_order(params):
-    order = np.array([2, 0, 1])
-    turned = whole(params, Z[order], T_B[order], IDS[order], MASK[order])
-    tiny.close(turned, np.asarray(whole(params))[order])
+@family
+def test_rows_in_another_order_give_the_same_in_that_order(net):
+    params, order = tiny.params(net), np.array([2, 0, 1])
+    turned = whole(params, Z[order], T_B[order], IDS[order], MASK[order], net=net)
+    tiny.close(turned, np.asarray(whole(params, net=net))[order])
 
 
-def test_bfloat16_is_near_float32(params):
-    """Its numbers have 8 bits; through an LLM of three layers and two blocks, some per cent."""
-    low = tiny.model(jnp.bfloat16)
-    velocity, exact = np.asarray(whole(params, net=low)), np.asarray(whole(params))
+@family
+def test_bfloat16_is_near_float32(net):
+    """Its numbers have 8 bits; through an LLM of three layers and a few blocks, some per cent."""
+    low, params = tiny.in_bfloat16(net), tiny.params(net)
+    velocity, exact = np.asarray(whole(params, net=low)), np.asarray(whole(params, net=net))
     assert velocity.dtype == np.float32
     error = np.linalg.norm(velocity - exact) / np.linalg.norm(exact)
     assert 1e-3 < error < 0.06, error

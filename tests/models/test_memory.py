@@ -78,6 +78,33 @@ def test_a_mixture_starts_as_the_deep_one_and_is_a_sum_over_layers():
         tiny.close(made.values_LBTKH[i], values)
 
 
+def test_a_mixture_in_bfloat16_keeps_its_weights_in_float32():
+    net, given = source("mixture", 3, dtype=jnp.bfloat16), features()
+    start = np.eye(3, M, k=1, dtype=np.float32)
+    moved = start - 1e-3 * np.eye(3, M, k=1, dtype=np.float32)  # bfloat16 has no such number
+    before, after = (remember(net, given, {"weight": w}).values_LBTKH for w in (start, moved))
+    assert before.dtype == jnp.bfloat16
+    assert (np.asarray(before) != np.asarray(after)).mean() > 0.1
+
+
+def test_shallow_starts_as_published():
+    """The context layer normal, 0.02; projections xavier, each layer its own."""
+    wide = memory.Shallow(3, 48, None, 1e-6)
+    hidden = np.zeros((1, 1, 40), np.float32)
+    keys = np.zeros((1, 1, 1, 2, 16), np.float32)
+    given = memory.TextFeatures(keys, keys, hidden, np.ones((1, 1), bool))
+    params = meta.unbox(wide.init(jax.random.key(0), given)["params"])
+    assert np.std(params["context"]["weight"]) == pytest.approx(0.02, rel=0.05)
+    assert not params["context"]["bias"].any() and not params["norm"]["weight"].any()
+    bound = np.sqrt(6 / (48 + 32))
+    for name in ("k", "v"):
+        weight = np.asarray(params["layers"][name]["weight"])
+        assert 0.97 * bound < np.abs(weight).max() <= bound
+        assert weight.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+        assert abs(np.corrcoef(weight.reshape(3, -1)) - np.eye(3)).max() < 0.1
+    assert not np.array_equal(params["layers"]["k"]["weight"], params["layers"]["v"]["weight"])
+
+
 def test_shallow_projects_the_last_hidden_state_layer_by_layer():
     net, given = source("shallow", 3), features()
     boxed = jax.eval_shape(net.init, jax.random.key(0), given)["params"]

@@ -1,4 +1,4 @@
-"""Contradictions of CLIP, chat templates and tiles, by the small config of test_config.py."""
+"""Contradictions of language models, memories, CLIP and tiles, by test_config.py's config."""
 
 import pytest
 
@@ -6,6 +6,18 @@ from t2i_jax import config as configs
 from tests.test_config import changed, problems
 
 CONTRADICTIONS = {
+    "llm.norm_offset = 0.5 must be 1 or 0": {"llm__norm_offset": 0.5},
+    "llm.softcap_shared = True, but llm.softcap = 0.0": {"llm__softcap_shared": True},
+    "data.max_text_tokens = 256 is more than llm.max_tokens = 255": {"llm__max_tokens": 255},
+    "llm.softcap_shared = True, but memory.source = 'shallow' shares no layer": {
+        **{"llm__softcap": 50.0, "llm__softcap_shared": True, "memory__source": "shallow"}
+    },
+    "dit.positions = 'none' and dit.table_size = 0": {"dit__positions": "none"},
+    "memory.first_layer = 2, but memory.source = 'deep'": {"memory__first_layer": 2},
+    "memory.source = 'middle' shares the layers from memory.first_layer = 18": {
+        "memory__source": "middle",
+        "memory__first_layer": 18,
+    },
     "autoencoder.tile = 16, but autoencoder.kind = 'identity' (pixels) has 0": {
         "autoencoder__tile": 16
     },
@@ -38,3 +50,7 @@ def test_a_contradiction_is_named(message):
 def test_clip_is_looked_at_only_where_it_is_used():
     unused = changed(weights__clip="", clip__num_heads=7, clip__projection_width=5)
     configs.validate(unused, configs.base())
+
+
+def test_a_shared_soft_cap_is_no_contradiction():
+    configs.validate(changed(llm__softcap=50.0, llm__softcap_shared=True), configs.base())
