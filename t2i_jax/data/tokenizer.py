@@ -229,9 +229,14 @@ def _from_files(directory: epath.Path, names: Iterable[str]) -> Any:
         for name in names:
             if (directory / name).exists():
                 (Path(here) / name).write_bytes((directory / name).read_bytes())
-        fast = _transformers().AutoTokenizer.from_pretrained(
-            here, use_fast=True, trust_remote_code=False, local_files_only=True
-        )
+        settings = Path(here) / _CONFIG
+        named = json.loads(settings.read_text()) if settings.exists() else {}
+        # What is trained here says that it needs no class of its own, and AutoTokenizer, which
+        # would look for one, takes as long as all the rest.
+        plain = named.get("tokenizer_class") == "PreTrainedTokenizerFast"
+        library = _transformers()
+        loader = library.PreTrainedTokenizerFast if plain else library.AutoTokenizer
+        fast = loader.from_pretrained(here, trust_remote_code=False, local_files_only=True)
     if not fast.is_fast:
         raise ValueError(f"{type(fast).__name__} is not a fast tokenizer")
     return fast

@@ -103,7 +103,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     assert taken == MATRICES
     left = {path for path, d in dimensions.items() if d is None}
     assert {"patch_embed/weight", "out/weight", "blocks/modulation/linear/weight"} <= left
-    assert {"time_embed/hidden/weight", "time_embed/out/weight", "blocks/q_norm/weight"} <= left
+    assert {f"time_embed/time/{name}/weight" for name in ("hidden", "out")} | {
+        "blocks/q_norm/weight"
+    } <= left
 
 
 def test_muon_orthogonalises_each_layers_matrix():
