@@ -239,8 +239,8 @@ def load_transformer(
     Raises ValueError where tensors are missing, left over or of another shape, or the stored table
     of positions is not the one that the config describes.
     """
+    model = fusion.build(**sections(theirs))  # which checks what it is
     fused = theirs["model_type"] == "FuseDiT"
-    model = fusion.build(**sections(theirs))
     paths = shapes(model, llm=fused)
     table = ("dit." if fused else "") + _TABLE
     if table in tensors:
@@ -251,19 +251,18 @@ def load_transformer(
 
 
 def load_language_model(
-    source: Any,
-    theirs: Mapping[str, Any],
-    tensors: Mapping[str, Readable],
-    shardings: Any = None,
-    dtype: Any = jnp.float32,
+    source: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Readable]
 ) -> dict[str, Any]:
-    """The parameters of a baseline's language model, which its `transformer/` does not hold."""
+    """The parameters of a baseline's language model, which its `transformer/` does not hold.
+
+    Arguments and errors as of `load_transformer`; float32, on the first device.
+    """
     model = fusion.build(**sections(theirs))
     prefix = "llm/"
     paths = {p: s for p, s in shapes(model, llm=True).items() if p.startswith(prefix)}
     paths = {p.removeprefix(prefix): s for p, s in paths.items()}
     where = language_models.rules(theirs["base_config"])
-    return load_tensors(source, tensors, paths, where, shardings, dtype)
+    return load_tensors(source, tensors, paths, where, None, jnp.float32)
 
 
 def _check_table(source: Any, stored: np.ndarray, model: fusion.TextToImageModel) -> None:
