@@ -20,7 +20,7 @@ import numpy as np
 
 from t2i_jax.diffusion import flow, sampling, time
 from t2i_jax.interop import reference
-from t2i_jax.interop.safetensors import names_of
+from t2i_jax.interop.mapping import names_of
 from t2i_jax.models import fusion, memory
 
 _PER_PARAMETER_ABSOLUTE = 1e-6  # a gradient norm may be off by this much however small it is

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.interop.directory import check_fields, find, read_json, shapes_of
-from t2i_jax.interop.safetensors import Rule, load, open_tensors
+from t2i_jax.interop.mapping import Rule, load
+from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models.llm import LLM, from_config
 
 _COMMON = (

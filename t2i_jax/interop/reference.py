@@ -24,8 +24,9 @@ import numpy as np
 
 from t2i_jax.interop import llm as language_models
 from t2i_jax.interop.directory import find, read_json
-from t2i_jax.interop.safetensors import Readable, Rule, open_tensors
-from t2i_jax.interop.safetensors import load as load_tensors
+from t2i_jax.interop.mapping import Readable, Rule
+from t2i_jax.interop.mapping import load as load_tensors
+from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models import fusion
 from t2i_jax.models.positions import absolute_table
 

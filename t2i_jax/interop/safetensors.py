@@ -1,24 +1,18 @@
-"""Weights under the names that others publish them by: what every such format shares.
+"""The safetensors format, read and written one tensor at a time.
 
-A table of `Rule`s says for each of our parameters which tensor holds it, and how the axes of the
-two go together: "NH D -> D N H" is a matrix (N * H, D) there and an array (D, N, H) here. Nothing
-else is specific to a model, and the table reads in both directions.
-
-Tensors are read one at a time; the host holds one parameter in the target dtype and, while that
-is being filled, one tensor of the file. Only safetensors are read, never pickles. The format: the
-length of the header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and range
-of bytes), the data (https://github.com/huggingface/safetensors).
+A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape
+and range of bytes) and the data (https://github.com/huggingface/safetensors). A model of several
+files has an index beside them (JSON: name -> file). Nothing in it can run code; other formats that
+weights come in are pickles, which can, and which are never opened here.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import json
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,129 +58,91 @@ def open_tensors(files: Iterable[epath.Path]) -> dict[str, Tensor]:
     return tensors
 
 
-class Readable(Protocol):
-    """What `load` needs of a tensor, wherever it is stored."""
+class Entry(NamedTuple):
+    """One tensor to be written."""
 
+    name: str
     shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]  # called when its turn comes; of that shape, any float dtype
 
-    def read(self) -> np.ndarray:
-        """The tensor."""
-
-
-class Rule(NamedTuple):
-    """Where one of our parameters is found in the files."""
-
-    ours: str  # path in the parameter tree
-    theirs: str  # name; with {L}, one tensor a layer, stacked along our first axis
-    layout: str  # their axes -> ours, one letter an axis; letters written together are merged
-
-    @property
-    def stacked(self) -> bool:
-        """Whether our parameter has a leading layer axis, and they a tensor for each."""
-        return "{L}" in self.theirs
+    def size(self, dtype: np.dtype) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * dtype.itemsize
 
 
-def load(
-    source: Any,
-    tensors: Mapping[str, Readable],
-    shapes: Mapping[str, tuple[int, ...]],
-    rules: Iterable[Rule],
-    shardings: Any,
-    dtype: Any,
+def write(
+    directory: epath.Path,
+    stem: str,
+    entries: Sequence[Entry],
+    dtype: str,
     *,
-    unused: Collection[str] = (),
-) -> dict[str, Any]:
-    """A nested dict of parameters, each read by its rule and put where `shardings` says.
+    max_bytes: int = 2_000_000_000,
+    progress: Callable[[int], None] | None = None,
+) -> list[epath.Path]:
+    """Writes `stem`.safetensors, or numbered parts of at most `max_bytes` and their index.
+
+    One tensor is in memory at a time. A tensor that is larger than a part is a part of its own.
 
     Args:
-      source: what errors call the place that the tensors come from.
-      tensors: by their names.
-      shapes: of our parameters, by their paths ('blocks/mlp/up/weight').
-      rules: one for every path.
-      shardings: a tree like the result, one for all, or None: the first device.
-      dtype: of the result.
-      unused: names that may be among the tensors and are not read.
+      directory: exists; what it holds of that name is replaced.
+      stem: 'model' or 'diffusion_pytorch_model'.
+      entries: in the order in which they are written; names differ.
+      dtype: 'float32', 'bfloat16' or 'float16', of the files.
+      max_bytes: of the data of one part.
+      progress: called with the bytes written since it was last called.
 
-    Raises ValueError naming the tensors that are missing, left over or of another shape.
+    Raises ValueError naming a tensor that is not finite, or not of its shape.
     """
-    rules = {rule.ours: rule for rule in rules}
-    expected = {
-        name: _their_shape(rules[ours].layout, shape[1:] if rules[ours].stacked else shape)
-        for ours, shape in shapes.items()
-        for name in names_of(rules[ours], shape)
-    }
-    _check(source, tensors, expected, unused)
-    if isinstance(shardings, jax.sharding.Sharding):
-        places = dict.fromkeys(shapes, shardings)
-    else:
-        places = flatten_dict(shardings, sep="/") if shardings is not None else {}
-    if places and places.keys() != shapes.keys():
-        raise ValueError(f"Shardings of {sorted(places)} for parameters {sorted(shapes)}.")
-    params = {}
-    for ours, shape in shapes.items():
-        host = _read_parameter(tensors, rules[ours], shape, jnp.dtype(dtype))
-        params[ours] = _put(host, places.get(ours))
-    return unflatten_dict(params, sep="/")
+    target = np.dtype(jnp.dtype(dtype))
+    parts: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if parts[-1] and size + entry.size(target) > max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.size(target)
+    names = [f"{stem}-{k + 1:05}-of-{len(parts):05}.safetensors" for k in range(len(parts))]
+    if len(parts) == 1:
+        names = [f"{stem}.safetensors"]
+    for name, part in zip(names, parts, strict=True):
+        _write_file(directory / name, part, target, progress)
+    if len(parts) > 1:
+        where = {e.name: name for name, part in zip(names, parts, strict=True) for e in part}
+        total = sum(entry.size(target) for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return [directory / name for name in names]
 
 
-def _read_parameter(tensors, rule: Rule, shape, dtype: np.dtype) -> np.ndarray:
-    names = names_of(rule, shape)
-    if not rule.stacked:
-        x = _to_ours(tensors[names[0]].read(), rule.layout, shape)
-        return np.ascontiguousarray(x, dtype)
-    stacked = np.empty(shape, dtype)
-    for layer, name in zip(stacked, names, strict=True):
-        layer[...] = _to_ours(tensors[name].read(), rule.layout, shape[1:])
-    return stacked
+def _write_file(file, entries, dtype: np.dtype, progress) -> None:
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.size(dtype)
+        shape = list(entry.shape)
+        header[entry.name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            x = entry.make()
+            if x.shape != tuple(entry.shape):
+                raise ValueError(f"{entry.name} is {x.shape}, not {tuple(entry.shape)}.")
+            x = np.ascontiguousarray(x, dtype)
+            if not _finite(x):
+                raise ValueError(f"{entry.name} has elements that are no finite {dtype}.")
+            f.write(x.reshape(-1).view(np.uint8).data)
+            if progress:
+                progress(x.nbytes)
 
 
-def _put(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Each device gets its own part alone; returns when the host's copy may go."""
-    if sharding is None:
-        return jax.block_until_ready(jnp.asarray(host))
-    array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    return jax.block_until_ready(array)
-
-
-def names_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
-    """Their tensors of one of our parameters, layer by layer where it is stacked."""
-    if not rule.stacked:
-        return [rule.theirs]
-    return [rule.theirs.format(L=i) for i in range(shape[0])]
-
-
-def _their_shape(layout: str, shape) -> tuple[int, ...]:
-    theirs, ours = (side.split() for side in layout.split("->"))
-    sizes = dict(zip(ours, shape, strict=True))
-    return tuple(math.prod(sizes[letter] for letter in axis) for axis in theirs)
-
-
-def _to_ours(x: np.ndarray, layout: str, shape) -> np.ndarray:
-    """Splits the merged axes of one of their tensors and puts all into our order."""
-    theirs, ours = (side.split() for side in layout.split("->"))
-    sizes = dict(zip(ours, shape, strict=True))
-    letters = "".join(theirs)
-    split = x.reshape([sizes[letter] for letter in letters])
-    return split.transpose([letters.index(letter) for letter in ours])
-
-
-def _check(source, tensors, expected, unused) -> None:
-    """Raises ValueError naming what is missing, left over or of another shape."""
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected and name not in unused]
-    wrong = [
-        f"{name} is {tensors[name].shape}, not {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    found = {"missing": missing, "not known": extra, "of another shape": wrong}
-    lines = [
-        f"{len(names)} tensors {what}: {', '.join(names[:5])}{', ...' if names[5:] else ''}"
-        for what, names in found.items()
-        if names
-    ]
-    if lines:
-        raise ValueError(f"{source} holds another network. {'; '.join(lines)}.")
+def _finite(x: np.ndarray) -> bool:
+    flat, step = x.reshape(-1), 1 << 24
+    parts = (flat[i : i + step] for i in range(0, len(flat), step))
+    return all(np.isfinite(np.float32(part)).all() for part in parts)
 
 
 def _header(file: epath.Path) -> dict[str, Tensor]:

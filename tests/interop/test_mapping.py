@@ -1,0 +1,99 @@
+"""Parameters written under published names and read again, bit by bit."""
+
+import json
+import pathlib
+
+from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from t2i_jax import parity
+from t2i_jax.interop import mapping, reference, safetensors
+from tests import tiny
+
+GOLDENS = sorted((pathlib.Path(__file__).parent.parent / "goldens").glob("*.npz"))
+
+
+def on_host(x, layer):
+    return np.asarray(x if layer is None else x[layer])
+
+
+def published(golden):
+    """(Their tensors, our parameters as paths, the rules between them), the table apart."""
+    prefix, table = "transformer/", "pos_embed"
+    names = [n for n in golden.arrays if n.startswith(prefix) and not n.endswith(table)]
+    theirs = {n.removeprefix(prefix): golden.arrays[n] for n in names}
+    ours = flatten_dict(golden.params, sep="/")
+    if golden.theirs["model_type"] == "DiT":
+        ours = {path: x for path, x in ours.items() if not path.startswith("llm/")}
+    return theirs, ours, reference.rules(golden.theirs, ours)
+
+
+@pytest.mark.parametrize("file", GOLDENS, ids=lambda file: file.stem)
+def test_a_published_model_is_written_as_it_was(tmp_path, file):
+    theirs, ours, rules = published(parity.read(file))
+    entries = mapping.entries(ours, rules, on_host)
+    files = safetensors.write(tmp_path, "model", entries, "float32", max_bytes=60_000)
+    assert len(files) > 3 and all(f.stat().st_size < 100_000 for f in files)
+    written = {name: x for f in files for name, x in load_file(f).items()}
+    assert written.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert written[name].dtype == np.float32
+        np.testing.assert_array_equal(written[name], x)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in theirs.values())
+    assert {tmp_path / name for name in index["weight_map"].values()} == set(files)
+    shapes = {path: x.shape for path, x in ours.items()}
+    tensors = safetensors.open_tensors(files)
+    again = mapping.load(tmp_path, tensors, shapes, rules, None, "float32")
+    tiny.equal(flatten_dict(again, sep="/"), ours)
+
+
+def entry(name, x):
+    return safetensors.Entry(name, x.shape, lambda: x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_file_of_any_dtype(tmp_path, dtype):
+    x = np.random.default_rng(0).standard_normal((3, 5)).astype("f4")
+    entries = [entry("a", x), entry("b.c", x[0]), entry("none", np.zeros((0, 2), "f4"))]
+    seen = []
+    (file,) = safetensors.write(tmp_path, "model", entries, dtype, progress=seen.append)
+    assert file.name == "model.safetensors" and len(list(tmp_path.iterdir())) == 1
+    read = safetensors.open_tensors([file])
+    target = jax.numpy.dtype(dtype)
+    np.testing.assert_array_equal(read["a"].read(), x.astype(target))
+    np.testing.assert_array_equal(read["b.c"].read(), x[0].astype(target))
+    assert read["none"].shape == (0, 2) and sum(seen) == 20 * target.itemsize
+    start = int.from_bytes(file.read_bytes()[:8], "little")
+    assert start % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "x, dtype, message",
+    [
+        (np.array([1.0, np.nan], "f4"), "float32", "w has elements that are no finite float32"),
+        (np.array([1e30], "f4"), "float16", "w has elements that are no finite float16"),
+        (np.array([[1.0]], "f4"), "float32", r"w is \(1, 1\), not \(1,\)"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path, x, dtype, message):
+    wrong = safetensors.Entry("w", (x.size,), lambda: x)
+    with pytest.raises(ValueError, match=message):
+        safetensors.write(tmp_path, "model", [wrong], dtype)
+
+
+def test_tensors_are_made_one_at_a_time_in_their_turn(tmp_path):
+    made = []
+
+    def lazy(k):
+        return safetensors.Entry(str(k), (4,), lambda: made.append(k) or np.full(4, k, "f4"))
+
+    entries = [lazy(k) for k in range(5)]
+    assert not made
+    files = safetensors.write(tmp_path, "model", entries, "float32", max_bytes=40)
+    assert made == list(range(5)) and len(files) == 3
+    single = safetensors.write(tmp_path, "large", entries[:1], "float32", max_bytes=3)
+    assert len(single) == 1  # larger than a part: a part of its own
