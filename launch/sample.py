@@ -30,7 +30,7 @@ def main(_):
     from t2i_jax.errors import MissingError
     from t2i_jax.evaluation import pictures
     from t2i_jax.pipeline import Pipeline
-    from t2i_jax.training.metrics import Progress
+    from t2i_jax.progress import Progress
 
     out, prompts = cli.output(OUT.value, ".png"), list(PROMPT.value)
     if PROMPTS_FILE.value:

@@ -10,18 +10,23 @@ a step's directory gets its name when everything in it is written, so a killed r
 checkpoints only. Arrays and JSON are all that is ever read: nothing is unpickled.
 """
 
+import dataclasses
 from typing import Any
 
 from etils import epath
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from t2i_jax import config as config_lib
 from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.training.state import TrainState
 
 FORMAT_VERSION = 1
+_PIECE = 64_000_000  # bytes: an array is stored in pieces of about this size, cut between layers
+_CACHE = 512_000_000  # bytes of pieces that are kept while the layers in them are asked for
 WEIGHTS = ("ema", "params")
 _ITEMS = ("params", "ema", "optimizer", "meta")
 
@@ -62,7 +67,7 @@ class Checkpoints:
             "ema": state.ema,
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
         }
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: _in_layers(tree) for name, tree in trees.items()}
         self._manager.save(
             step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True
         )
@@ -90,6 +95,10 @@ class Checkpoints:
             raise ValueError(f"Unknown weights {which!r}; known: {WEIGHTS}.")
         items = {which: ocp.args.StandardRestore(like)}
         return self._manager.restore(step, args=ocp.args.Composite(**items))[which]
+
+    def sources(self, step: int, which: str) -> dict[str, "StoredArray"]:
+        """Path -> array of the 'ema' or 'params' of a step, none of them read yet."""
+        return tree_sources(self.directory / str(step) / which)
 
     def config(self, step: int) -> ConfigDict:
         """The config that a checkpoint was made with. Raises ValueError for a newer format."""
@@ -140,14 +149,64 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
 
 def save_tree(path: epath.PathLike, tree: Any) -> None:
     """Writes a tree of arrays as a directory that appears when it is complete."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(epath.Path(path).absolute(), tree)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(epath.Path(path).absolute(), args=_in_layers(tree))
+
+
+def _in_layers(tree: Any) -> ocp.args.StandardSave:
+    """To be saved in pieces of some layers each, so that `StoredArray` can read one at a time."""
+    pieces, whole = ocp.SaveArgs(chunk_byte_size=_PIECE, shard_axes=(0,)), ocp.SaveArgs()
+    save_args = jax.tree.map(lambda x: pieces if x.nbytes > _PIECE else whole, tree)
+    return ocp.args.StandardSave(tree, save_args=save_args)
 
 
 def load_tree(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree written by `save_tree`, with shapes, dtypes and shardings as in `like`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(epath.Path(path).absolute(), like)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """One array of a saved tree, which a layer can be read of."""
+
+    _store: ts.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+        return self._store.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return self._store.dtype.numpy_dtype
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """`array[layer]`, or the whole."""
+        part = self._store if layer is None else self._store[layer]
+        return part.read().result()
+
+
+def tree_sources(path: epath.PathLike) -> dict[str, StoredArray]:
+    """Path ('dit/out/bias') -> array of a tree of nested dicts on disk, none of them read yet.
+
+    Reads Orbax's format as it is documented: one zarr array a leaf, named after its keys with dots
+    between them, all in one OCDBT database.
+    """
+    path = epath.Path(path).absolute().as_posix()
+    base = path if "://" in path else f"file://{path}"
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    ends = "/.zarray"
+    names = [k.decode().removesuffix(ends) for k in keys if k.decode().endswith(ends)]
+
+    def opened(name):
+        place = {"driver": "ocdbt", "base": base, "path": name}
+        return ts.open({"driver": "zarr", "kvstore": place}, context=context, read=True)
+
+    waiting = {name.replace(".", "/"): opened(name) for name in names}
+    return {name: StoredArray(store.result()) for name, store in waiting.items()}
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -5,7 +5,7 @@ if __name__ == "__main__":
     cli.run(main)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import re
 import sys
@@ -22,15 +22,16 @@ from t2i_jax.errors import ConfigError, UserError
 _PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+def run(main: Callable[[Sequence[str]], Any], *, commands: bool = False) -> NoReturn:
     """`absl.app.run`, but a UserError ends the program with its message alone.
 
-    The status is 2 for a ConfigError, 1 for others.
+    The status is 2 for a ConfigError, 1 for others. With `commands`, words that are no flags are
+    left to `main`.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
         with _reported():
-            return parse_flags(argv)
+            return parse_flags(argv, commands=commands)
 
     def guarded(argv: Sequence[str]) -> Any:
         if not flags.FLAGS["verbosity"].present:  # --verbosity=0 shows what libraries say
@@ -41,8 +42,10 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     app.run(guarded, flags_parser=parse)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], *, commands: bool = False) -> list[str]:
     """Parses the command line into absl's FLAGS; config flags are checked against configs/base.py.
+
+    Returns the program's name and, with `commands`, the words that are no flags.
 
     Raises ConfigError that says what to type instead.
     """
@@ -56,7 +59,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         missing = re.search(r"Flag (--\S+) must have a value other than None", str(error))
         text = f"{missing[1]}=... is required." if missing else str(error)
         raise ConfigError(f"{text} (--help lists all flags.)") from error
-    if rest[1:]:
+    if rest[1:] and not commands:
         raise ConfigError(f"what is {' '.join(rest[1:])!r}? Flags look like --name=value.")
     for name in names:
         if flags.FLAGS[name].value is not None:
@@ -113,6 +116,26 @@ def _arguments(argv: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
         if flag.startswith("no") and flag[2:].partition(".")[0] in flags.FLAGS:
             flag, value = flag[2:], None  # --noconfig.dit.qk_norm
         yield flag, value, argument
+
+
+def check_command(command: str, words: Sequence[str], known: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError unless `command` is known and has as many words as it takes."""
+    usage = ", ".join(" ".join([name, *takes]) for name, takes in known.items())
+    if command not in known:
+        what = f"what is {command!r}?" if command else "which command?"
+        raise ConfigError(f"{what} Known are {usage} (--help).")
+    if len(words) != len(known[command]):
+        takes = " ".join([command, *known[command]])
+        raise ConfigError(
+            f"the command is '{takes}', not '{' '.join([command, *words])}' (--help)."
+        )
+
+
+def require(**values: Any) -> None:
+    """Raises ConfigError naming the flags that are not given."""
+    absent = [f"--{name}=..." for name, value in values.items() if not value]
+    if absent:
+        raise ConfigError(f"{' and '.join(absent)} must be given (--help lists all flags).")
 
 
 def output(value: str, suffix: str) -> epath.Path:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.diffusion import flow, sampling, time
-from t2i_jax.interop import reference
+from t2i_jax.interop import reference, reference_config
 from t2i_jax.interop.mapping import names_of
 from t2i_jax.models import fusion, memory
 
@@ -50,6 +50,11 @@ class Array:
     def shape(self) -> tuple[int, ...]:
         """Its axes."""
         return self.archive[self.key].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return self.archive[self.key].dtype
 
     def read(self) -> np.ndarray:
         """The array."""
@@ -84,7 +89,7 @@ def read(file: epath.PathLike) -> Golden:
     params = reference.load_transformer(file, theirs, tensors("transformer/"))
     if "llm" not in params:  # a baseline's language model is another file
         params["llm"] = reference.load_language_model(file, theirs, tensors("llm/"))
-    sections = reference.sections(theirs)
+    sections = reference_config.sections(theirs)
     # What is recorded was computed on a CPU, by transformers' scaled-dot-product attention, which
     # knows neither Gemma 2's soft cap nor a window that is longer than these prompts.
     sections["llm"] |= {"softcap": 0.0, "max_tokens": 2**30}

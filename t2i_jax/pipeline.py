@@ -21,10 +21,12 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from t2i_jax import build, checkpoint, frozen, sharding
+from t2i_jax import build, checkpoint, convert, frozen, sharding
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.diffusion import sampling, time
-from t2i_jax.errors import ConfigError
+from t2i_jax.errors import ConfigError, users_files
+from t2i_jax.interop.mapping import materialise
+from t2i_jax.interop.stored import Stored
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.models.memory import TextMemory, concatenate, repeat
@@ -43,11 +45,14 @@ class Pipeline(NamedTuple):
 
     @classmethod
     def load(cls, path: epath.PathLike, *, weights: str = "ema") -> "Pipeline":
-        """The pipeline of a checkpoint: a working directory, or one of its checkpoints.
+        """The pipeline of a checkpoint, or of a whole model in any format that convert.py reads.
 
-        `weights` is 'ema' (the average) or 'params' (as trained). Raises FileNotFoundError where
-        there is no checkpoint, saying what is there.
+        A checkpoint is named by its working directory (the newest one) or its own; of it `weights`
+        is 'ema' (the average) or 'params' (as trained). Raises UserError where there is none,
+        saying what is there.
         """
+        if convert.is_converted(path):
+            return cls._of(convert.open_model(path))
         workdir, step = checkpoint.find(path)
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)
@@ -55,6 +60,22 @@ class Pipeline(NamedTuple):
             prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
             like = build.sharded(build.abstract_params(config)[0], mesh)
             params = saved.weights(step, weights, like)
+        model = build.model(config)
+        return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
+
+    @classmethod
+    def _of(cls, stored: Stored) -> "Pipeline":
+        if not stored.whole:
+            raise ConfigError(f"{stored.where} is a part of a model ({', '.join(stored.parts)}).")
+        config, mesh = stored.config, _mesh_here(stored.config)
+        prompts = frozen.make_prompts(config, stored.tokenizer, stored.clip_tokenizer)
+        autoencoder, frozen_params = frozen.place(config, mesh, stored.weights, stored.autoencoder)
+        like = build.sharded(build.abstract_params(config)[0], mesh)
+        places = {name: jax.tree.map(lambda x: x.sharding, part) for name, part in like.items()}
+        with users_files():
+            params = {
+                name: materialise(stored.part(name), places[name], jnp.float32) for name in places
+            }
         model = build.model(config)
         return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.metrics import Progress
+from t2i_jax.progress import Progress
 
 Report = dict[str, Any]
 

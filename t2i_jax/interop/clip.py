@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.interop.directory import check_fields, find, read_json, shapes_of
-from t2i_jax.interop.mapping import Rule, load
+from t2i_jax.interop.mapping import Mapped, Rule, materialise, sources
 from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models.clip import CLIPText
 
@@ -71,12 +71,26 @@ def load_clip(
     """The network and unboxed parameters of a CLIPTextModelWithProjection directory.
 
     Args:
-      path: the directory with config.json and *.safetensors, or one whose folder text_encoder/
-        is that.
-      clip: the config's section `clip`, checked against config.json where given.
+      path, clip: as of `open_clip`.
       shardings: a tree like the parameters of where each goes, or one for all; default: the first
         device.
       dtype: of the parameters, and of the computation (`net.clone(dtype=...)` changes the latter).
+
+    Raises as `open_clip`.
+    """
+    net, found = open_clip(path, clip)
+    return net.clone(dtype=jnp.dtype(dtype)), materialise(found, shardings, dtype)
+
+
+def open_clip(
+    path: epath.PathLike, clip: Mapping[str, Any] | None = None
+) -> tuple[CLIPText, dict[str, Mapped]]:
+    """The network, and path -> source of its parameters; nothing is read.
+
+    Args:
+      path: the directory with config.json and *.safetensors, or one whose folder text_encoder/
+        is that.
+      clip: the config's section `clip`, checked against config.json where given.
 
     Raises FileNotFoundError where weights are missing, and ValueError where config.json describes
     another network, or disagrees with `clip`, or the tensors with it.
@@ -92,9 +106,22 @@ def load_clip(
     if clip is not None:
         fields = [(f"clip.{o}", clip[o], t, theirs[t]) for o, t in CLIP_CONFIG.items()]
         check_fields(directory, fields)
-    net = CLIPText(**actual, dtype=jnp.dtype(dtype))
-
-    tensors = open_tensors(files)
-    shapes = shapes_of(net.init, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    net = CLIPText(**actual)
     unused = {"text_model.embeddings.position_ids"}  # 0, 1, 2, ..., which older versions stored
-    return net, load(directory, tensors, shapes, CLIP, shardings, dtype, unused=unused)
+    return net, sources(directory, open_tensors(files), shapes(net), CLIP, unused=unused)
+
+
+def shapes(net: CLIPText) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of a CLIP text encoder."""
+    return shapes_of(net.init, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+
+def section(net: CLIPText) -> dict[str, Any]:
+    """The config's section `clip` of a network."""
+    return {ours: getattr(net, ours) for ours in CLIP_CONFIG}
+
+
+def config_json(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a section `clip`: of a CLIPTextModelWithProjection."""
+    fixed = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+    return fixed | {theirs: clip[ours] for ours, theirs in CLIP_CONFIG.items()}

@@ -80,23 +80,31 @@ def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]
         raise missing("there is no such directory")
     if not (directory / "config.json").exists():
         raise missing("it has no config.json")
+    try:
+        return directory, find_files(directory)
+    except FileNotFoundError as error:
+        raise missing(str(error)) from error
+
+
+def find_files(directory: epath.Path) -> list[epath.Path]:
+    """The safetensors files of a directory: one, or those that its index names. All exist."""
     for name in _NAMES:
         if (directory / name).exists():
-            return directory, [directory / name]
+            return [directory / name]
     for name in _NAMES:
         if (directory / (name + _INDEX)).exists():
             names = sorted(set(_weight_map(directory / (name + _INDEX)).values()))
             absent = [name for name in names if not (directory / name).exists()]
             if absent:
-                raise missing(f"its index names {', '.join(absent)}, not there")
-            return directory, [directory / name for name in names]
+                raise FileNotFoundError(f"its index names {', '.join(absent)}, not there")
+            return [directory / name for name in names]
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
     if pickles:
-        raise missing(
+        raise FileNotFoundError(
             f"it has only pickles ({', '.join(pickles)}), which can run code and are never "
             "opened; safetensors are read"
         )
-    raise missing(f"it has neither {' nor '.join(_NAMES)} (nor their {_INDEX})")
+    raise FileNotFoundError(f"it has neither {' nor '.join(_NAMES)} (nor their {_INDEX})")
 
 
 def _weight_map(index: epath.Path) -> dict[str, str]:

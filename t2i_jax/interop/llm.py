@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.interop.directory import check_fields, find, read_json, shapes_of
-from t2i_jax.interop.mapping import Rule, load
+from t2i_jax.interop.mapping import Mapped, Rule, materialise, sources
 from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models.llm import LLM, from_config
 
@@ -149,6 +149,15 @@ FAMILIES = {
 }
 
 
+_GEMMA_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_WRITTEN = {  # what the config.json of a family says beside its numbers
+    "gemma": {"architectures": ["GemmaModel"], "hidden_act": _TANH, "hidden_activation": _TANH}
+    | _GEMMA_IDS,
+    "gemma2": {"architectures": ["Gemma2Model"], "hidden_activation": _TANH} | _GEMMA_IDS,
+    "qwen3": {"architectures": ["Qwen3Model"], "hidden_act": "silu", "tie_word_embeddings": True},
+}
+
+
 def load_llm(
     path: epath.PathLike,
     llm: Mapping[str, Any],
@@ -157,17 +166,23 @@ def load_llm(
 ) -> dict[str, Any]:
     """The parameters of the config's language model from a Hugging Face directory, unboxed.
 
-    A config of fewer layers than the directory's gets the first ones.
-
     Args:
       path: directory with config.json and *.safetensors.
       llm: the config's section `llm`.
       shardings: a tree like the result of where each parameter goes; default: the first device.
       dtype: of the parameters; the files' are converted.
 
-    Raises FileNotFoundError where weights are missing, and ValueError where the directory holds
-    what is not computed here, or its config.json or tensors disagree with `llm`, naming all fields
-    or tensors that do.
+    Raises as `open_llm`.
+    """
+    return materialise(open_llm(path, llm), shardings, dtype)
+
+
+def open_llm(path: epath.PathLike, llm: Mapping[str, Any]) -> dict[str, Mapped]:
+    """Path -> source of the parameters of the config's language model; nothing is read.
+
+    A config of fewer layers than the directory's gets the first ones. Raises FileNotFoundError
+    where weights are missing, and ValueError where the directory holds what is not computed here,
+    or its config.json or tensors disagree with `llm`, naming all fields or tensors that do.
     """
     directory, files = find(path, "llm")
     net = from_config(llm)
@@ -182,9 +197,13 @@ def load_llm(
     unused.update(name for name in tensors if name.removeprefix("model.").startswith(_VISION))
     for layer in range(net.num_layers, fields["num_hidden_layers"]):
         unused.update(rule.theirs.format(L=layer) for rule in where if rule.stacked)
+    return sources(directory, tensors, shapes(net), where, unused=unused)
+
+
+def shapes(net: LLM) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the parameters of a language model."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = shapes_of(net.init, ids, ids)
-    return load(directory, tensors, shapes, where, shardings, dtype, unused=unused)
+    return shapes_of(net.init, ids, ids)
 
 
 def section(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +215,33 @@ def section(theirs: Mapping[str, Any]) -> dict[str, Any]:
     values = {ours: fields[name] for ours, name in FIELDS.items()} | FAMILIES[kind].fixed
     values["max_tokens"] = min(fields[name] for name in FAMILIES[kind].limits)
     return {name: LLM.__annotations__[name](value) for name, value in values.items()}
+
+
+def config_json(llm: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a section `llm`: `section` undone.
+
+    Raises ValueError where no family has the section's values.
+    """
+    other = {}
+    for kind, family in FAMILIES.items():
+        *longer, longest = family.limits
+        theirs = {"model_type": kind} | _WRITTEN[kind] | {longest: llm["max_tokens"]}
+        theirs |= {name: max(llm["max_tokens"], family.defaults[name]) for name in longer}
+        for ours, name in FIELDS.items():
+            if name in family.defaults or name not in _ABSENT:
+                theirs[name] = llm[ours] or (None if name in _ABSENT else llm[ours])
+        if theirs.get("query_pre_attn_scalar", 0) is None:
+            theirs["query_pre_attn_scalar"] = llm["head_width"]
+        made = section(theirs)
+        other[kind] = [f"{k} = {llm[k]!r}" for k in made if _value(made, k) != _value(llm, k)]
+        if not other[kind]:
+            return theirs
+    nearest = min(other, key=lambda kind: len(other[kind]))
+    raise ValueError(f"No {nearest} language model has {', '.join(other[nearest])}.")
+
+
+def _value(llm: Mapping[str, Any], key: str) -> Any:
+    return llm[key] or llm["head_width"] if key == "query_scalar" else llm[key]
 
 
 def rules(theirs: Mapping[str, Any]) -> tuple[Rule, ...]:

@@ -2,13 +2,18 @@
 
 A table of `Rule`s says for each of our parameters which tensor holds it, and how the axes of the
 two go together: "NH D -> D N H" is a matrix (N * H, D) there and an array (D, N, H) here. Nothing
-else is specific to a model, and the table reads in both directions: `load` and `entries`.
+else is specific to a model, and the table reads in both directions:
 
-Tensors pass one at a time; in loading, the host holds one parameter in the target dtype and, while
-that is being filled, one tensor of the file.
+    sources      their tensors -> `Source`s of our parameters, nothing read yet
+    entries      `Source`s -> their tensors, to be written
+    materialise  `Source`s -> arrays on the devices
+
+A parameter of all layers is one tensor a layer there. Layers pass one at a time in whichever
+direction: the host holds one of them, and in `materialise` one parameter in the target dtype.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -21,12 +26,23 @@ from t2i_jax.interop.safetensors import Entry
 
 
 class Readable(Protocol):
-    """What `load` needs of a tensor, wherever it is stored."""
+    """One tensor of others, wherever it is stored."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype
 
     def read(self) -> np.ndarray:
         """The tensor."""
+
+
+class Source(Protocol):
+    """One of our parameters, wherever and however it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """That layer of a parameter of all layers, or the whole parameter."""
 
 
 class Rule(NamedTuple):
@@ -42,25 +58,44 @@ class Rule(NamedTuple):
         return "{L}" in self.theirs
 
 
-def load(
-    source: Any,
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """A `Source` whose tensors a rule names."""
+
+    rule: Rule
+    shape: tuple[int, ...]
+    tensors: tuple[Readable, ...]  # a layer each, or one
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the file's tensors."""
+        return self.tensors[0].dtype
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """That layer, or the whole."""
+        if not self.rule.stacked:
+            x = _to_ours(self.tensors[0].read(), self.rule.layout, self.shape)
+            return x if layer is None else x[layer]
+        if layer is None:
+            return np.stack([self.read(i) for i in range(self.shape[0])])
+        return _to_ours(self.tensors[layer].read(), self.rule.layout, self.shape[1:])
+
+
+def sources(
+    where: Any,
     tensors: Mapping[str, Readable],
     shapes: Mapping[str, tuple[int, ...]],
     rules: Iterable[Rule],
-    shardings: Any,
-    dtype: Any,
     *,
     unused: Collection[str] = (),
-) -> dict[str, Any]:
-    """A nested dict of parameters, each read by its rule and put where `shardings` says.
+) -> dict[str, Mapped]:
+    """Path -> source of each of our parameters; nothing is read.
 
     Args:
-      source: what errors call the place that the tensors come from.
+      where: what errors call the place that the tensors come from.
       tensors: by their names.
       shapes: of our parameters, by their paths ('blocks/mlp/up/weight').
       rules: one for every path.
-      shardings: a tree like the result, one for all, or None: the first device.
-      dtype: of the result.
       unused: names that may be among the tensors and are not read.
 
     Raises ValueError naming the tensors that are missing, left over or of another shape.
@@ -71,28 +106,36 @@ def load(
         for ours, shape in shapes.items()
         for name in names_of(rules[ours], shape)
     }
-    _check(source, tensors, expected, unused)
+    _check(where, tensors, expected, unused)
+    return {
+        ours: Mapped(rules[ours], shape, tuple(tensors[n] for n in names_of(rules[ours], shape)))
+        for ours, shape in shapes.items()
+    }
+
+
+def materialise(found: Mapping[str, Source], shardings: Any, dtype: Any) -> dict[str, Any]:
+    """A nested dict of parameters, each put where `shardings` says.
+
+    `shardings` is a tree like the result, one for all, or None: the first device.
+    """
     if isinstance(shardings, jax.sharding.Sharding):
-        places = dict.fromkeys(shapes, shardings)
+        places = dict.fromkeys(found, shardings)
     else:
         places = flatten_dict(shardings, sep="/") if shardings is not None else {}
-    if places and places.keys() != shapes.keys():
-        raise ValueError(f"Shardings of {sorted(places)} for parameters {sorted(shapes)}.")
+    if places and places.keys() != found.keys():
+        raise ValueError(f"Shardings of {sorted(places)} for parameters {sorted(found)}.")
     params = {}
-    for ours, shape in shapes.items():
-        host = _read_parameter(tensors, rules[ours], shape, jnp.dtype(dtype))
-        params[ours] = _put(host, places.get(ours))
+    for ours, source in found.items():
+        params[ours] = _put(_whole(source, jnp.dtype(dtype)), places.get(ours))
     return unflatten_dict(params, sep="/")
 
 
-def _read_parameter(tensors, rule: Rule, shape, dtype: np.dtype) -> np.ndarray:
-    names = names_of(rule, shape)
-    if not rule.stacked:
-        x = _to_ours(tensors[names[0]].read(), rule.layout, shape)
-        return np.ascontiguousarray(x, dtype)
-    stacked = np.empty(shape, dtype)
-    for layer, name in zip(stacked, names, strict=True):
-        layer[...] = _to_ours(tensors[name].read(), rule.layout, shape[1:])
+def _whole(source: Source, dtype: np.dtype) -> np.ndarray:
+    if not isinstance(source, Mapped) or not source.rule.stacked:
+        return np.ascontiguousarray(source.read(), dtype)
+    stacked = np.empty(source.shape, dtype)
+    for i, layer in enumerate(stacked):
+        layer[...] = source.read(i)
     return stacked
 
 
@@ -145,27 +188,20 @@ def _check(source, tensors, expected, unused) -> None:
         raise ValueError(f"{source} holds another network. {'; '.join(lines)}.")
 
 
-def entries(
-    params: Mapping[str, Any],
-    rules: Iterable[Rule],
-    read: Callable[[Any, int | None], np.ndarray],
-) -> list[Entry]:
-    """What is to be written so that `load` with these rules gives the same parameters.
+def entries(found: Mapping[str, Source], rules: Iterable[Rule]) -> list[Entry]:
+    """What is to be written so that `sources` with these rules gives the same parameters.
 
-    Args:
-      params: path -> anything that has a shape.
-      rules: one for every path, in the order in which tensors are written.
-      read: (what `params` has, layer or None) -> that layer of it, or the whole, on the host.
+    There must be a source for every rule; tensors are written in the order of the rules.
     """
     out = []
     for rule in rules:
-        leaf = params[rule.ours]
-        shape = leaf.shape[1:] if rule.stacked else leaf.shape
-        for i, name in enumerate(names_of(rule, leaf.shape)):
+        source = found[rule.ours]
+        shape = source.shape[1:] if rule.stacked else source.shape
+        for i, name in enumerate(names_of(rule, source.shape)):
             layer = i if rule.stacked else None
 
-            def make(leaf=leaf, layer=layer, layout=rule.layout):
-                return _to_theirs(read(leaf, layer), layout)
+            def make(source=source, layer=layer, layout=rule.layout):
+                return _to_theirs(source.read(layer), layout)
 
             out.append(Entry(name, _their_shape(rule.layout, shape), make))
     return out

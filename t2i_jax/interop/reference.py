@@ -1,21 +1,12 @@
-"""The published PyTorch system's models: config.json and tensor names <-> ours.
+"""The published PyTorch system's tensors <-> our parameters.
 
-A directory `transformer/` of the published pipelines (tang-bd/fuse-dit) is a FuseDiT, whose tensors
-are `llm.*` and `dit.*`, or a baseline DiT, whose tensors have no prefix and whose language model
-lies elsewhere. config.json holds the language model's own config as `base_config`.
-
-What their names for the choices of the study are here:
-
-    model_type FuseDiT | DiT           memory.source deep | shallow
-    attention self | cross             dit.attention joint | cross
-    pos_embed ape                      dit.positions none, and a table (dit.table_size)
-    initial_layers, shared_attention_layers    the LLM's layers before the first shared one
+The tensors of a FuseDiT's directory `transformer/` are `llm.*` and `dit.*`; those of a baseline DiT
+have no prefix, and its language model lies elsewhere. What config.json says is reference_config.py.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
@@ -23,39 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.interop import llm as language_models
-from t2i_jax.interop.directory import find, read_json
-from t2i_jax.interop.mapping import Readable, Rule
-from t2i_jax.interop.mapping import load as load_tensors
-from t2i_jax.interop.safetensors import open_tensors
+from t2i_jax.interop.mapping import Mapped, Readable, Rule, materialise, sources
+from t2i_jax.interop.reference_config import sections, with_defaults
+from t2i_jax.interop.safetensors import Entry
 from t2i_jax.models import fusion
-from t2i_jax.models.positions import absolute_table
 
-_ATTENTION = {"self": "joint", "cross": "cross"}
-_POSITIONS = {"ape": "none", "1d-rope": "1d-rope", "2d-rope": "2d-rope", "m-rope": "m-rope"}
-_CONDITIONING = {
-    None: "none",
-    "adaln-zero": "adaln-zero",
-    "adaln-single": "adaln-single",
-    "addition": "addition",
-}
-_DEFAULTS = {  # what the published code takes for a key that config.json lacks
-    "attention": "self",
-    "dit_num_hidden_layers": 18,
-    "text_hidden_states_index": -1,
-    "in_channels": 16,
-    "initial_layers": 0,
-    "out_channels": 16,
-    "patch_size": 2,
-    "pos_embed": "1d-rope",
-    "pos_embed_max_size": 64,
-    "qk_norm": False,
-    "sample_size": 32,
-    "sandwich_norm": False,
-    "shared_attention_layers": "all",
-    "text_hidden_size": None,
-    "text_modulation_embeds_dim": None,
-    "timestep_conditioning": "adaln-zero",
-}
 _TABLE = "patch_embed.pos_embed"  # computed here, compared where it is stored
 
 # Ours -> theirs, of everything that any of the models has. Names with two values differ with the
@@ -104,61 +67,27 @@ _WHOLE = {
 }
 
 
-def sections(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Their config.json -> {'llm', 'memory', 'dit', 'channels'}, as `fusion.build` takes them.
-
-    Raises ValueError naming what no model here can have.
-    """
-    theirs = _with_defaults(theirs)
-    fused = theirs["model_type"] == "FuseDiT"
-    llm = language_models.section(theirs["base_config"])
-    first = theirs["initial_layers"] if fused else 0
-    layers, shared = theirs["dit_num_hidden_layers"], theirs["shared_attention_layers"]
-    everything = list(range(first, llm["num_layers"]))
-    wanted = {
-        "model_type": theirs["model_type"] in ("FuseDiT", "DiT"),
-        "attention": theirs["attention"] in _ATTENTION,
-        "pos_embed": theirs["pos_embed"] in _POSITIONS,
-        "timestep_conditioning": theirs["timestep_conditioning"] in _CONDITIONING,
-        "out_channels": theirs["out_channels"] == theirs["in_channels"],
-        "shared_attention_layers": not fused or shared == "all" or shared == everything,
-        "dit_num_hidden_layers": not fused or layers == len(everything),
-        "text_hidden_states_index": fused or theirs["text_hidden_states_index"] == -1,
-        "text_modulation_embeds_dim": fused or theirs["text_modulation_embeds_dim"] is None,
-        "text_hidden_size": theirs["text_hidden_size"] in (None, llm["width"]),
-    }
-    wrong = [f"{name} = {theirs[name]!r}" for name, good in wanted.items() if not good]
-    if wrong:
-        raise ValueError(f"No model here is that of {', '.join(wrong)}.")
-    dit = {
-        "width": theirs.get("dit_hidden_size") or llm["width"],
-        "num_layers": layers,
-        "mlp_width": llm["mlp_width"],
-        "patch_size": theirs["patch_size"],
-        "attention": _ATTENTION[theirs["attention"]],
-        "positions": _POSITIONS[theirs["pos_embed"]],
-        "conditioning": _CONDITIONING[theirs["timestep_conditioning"]],
-        "pooled_width": theirs["text_modulation_embeds_dim"] or 0,
-        "qk_norm": theirs["qk_norm"],
-        "sandwich_norm": theirs["sandwich_norm"],
-    }
-    if theirs["pos_embed"] == "ape":
-        extent = float(theirs["sample_size"] // theirs["patch_size"])
-        side = theirs["pos_embed_max_size"]
-        dit |= {"table_size": side, "table_range": extent}
-    memory = {"source": "deep" if fused else "shallow"}
-    return {"llm": llm, "memory": memory, "dit": dit, "channels": theirs["in_channels"]}
+_SHALLOW = {
+    "memory/norm/weight": ("context_embedder.0.weight", "D -> D"),
+    "memory/context/weight": ("context_embedder.1.weight", _LINEAR),
+    "memory/context/bias": ("context_embedder.1.bias", "D -> D"),
+    "memory/layers/k/weight": ("layers.{L}.{reader}.text_k_proj.weight", "KH D -> D K H"),
+    "memory/layers/v/weight": ("layers.{L}.{reader}.text_v_proj.weight", "KH D -> D K H"),
+}
 
 
-def _with_defaults(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(theirs.get("base_config"), dict) or "model_type" not in theirs:
-        raise ValueError("This config.json has no base_config or no model_type: of another system?")
-    return _DEFAULTS | dict(theirs)
+def layouts() -> dict[str, str]:
+    """Path in {'memory', 'dit'} -> layout, of all that any of the models has."""
+    every = {f"dit/{ours}": layout for ours, (_, layout) in _WHOLE.items()}
+    every |= {f"dit/blocks/{ours}": layout for ours, (_, layout) in _BLOCK.items()}
+    norms = ("dit/blocks/attention_norm", "dit/blocks/mlp_norm", "dit/final_norm")
+    every |= {f"{name}/weight": "D -> D" for name in norms}
+    return every | {ours: layout for ours, (_, layout) in _SHALLOW.items()}
 
 
 def _names(theirs: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Path in {'memory', 'dit'} -> (their name, layout), for this config."""
-    theirs = _with_defaults(theirs)
+    theirs = with_defaults(theirs)
     modulated = theirs["timestep_conditioning"] == "adaln-zero"
     norm = ".norm" if modulated else ""
     before_mlp = "pre_feedforward" if theirs["sandwich_norm"] else "post_attention"
@@ -171,13 +100,11 @@ def _names(theirs: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     for ours, (name, layout) in block.items():
         names[f"dit/blocks/{ours}"] = (f"layers.{{L}}.{name}", layout)
     reader = "self_attn" if theirs["attention"] == "self" else "cross_attn"
-    return names | {
-        "memory/norm/weight": ("context_embedder.0.weight", "D -> D"),
-        "memory/context/weight": ("context_embedder.1.weight", _LINEAR),
-        "memory/context/bias": ("context_embedder.1.bias", "D -> D"),
-        "memory/layers/k/weight": (f"layers.{{L}}.{reader}.text_k_proj.weight", "KH D -> D K H"),
-        "memory/layers/v/weight": (f"layers.{{L}}.{reader}.text_v_proj.weight", "KH D -> D K H"),
+    shallow = {
+        ours: (name.replace("{reader}", reader), layout)
+        for ours, (name, layout) in _SHALLOW.items()
     }
+    return names | shallow
 
 
 def rules(theirs: Mapping[str, Any], paths: Mapping[str, Any]) -> list[Rule]:
@@ -203,39 +130,17 @@ def shapes(model: fusion.TextToImageModel, *, llm: bool) -> dict[str, tuple[int,
     return {p: x.shape for p, x in flat.items() if llm or not p.startswith("llm/")}
 
 
-def load(
-    path: epath.PathLike, shardings: Any = None, dtype: Any = jnp.float32
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(Sections of its config, parameters) of a published model.
+def open_transformer(
+    where: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Readable]
+) -> dict[str, Mapped]:
+    """Path -> source of the parameters that a `transformer/` holds; only its table is read.
+
+    These are 'llm/' and 'dit/', or for a baseline 'memory/' and 'dit/'.
 
     Args:
-      path: a pipeline's directory, or the `transformer/` in it.
-      shardings: a tree like the parameters; default: the first device.
-      dtype: of the parameters.
-
-    Raises FileNotFoundError where something is missing, and ValueError as `load_transformer`.
-    """
-    directory, files = find(path, "transformer")
-    theirs = read_json(directory / "config.json")
-    tensors = open_tensors(files)
-    return sections(theirs), load_transformer(directory, theirs, tensors, shardings, dtype)
-
-
-def load_transformer(
-    source: Any,
-    theirs: Mapping[str, Any],
-    tensors: Mapping[str, Readable],
-    shardings: Any = None,
-    dtype: Any = jnp.float32,
-) -> dict[str, Any]:
-    """The parameters {'llm', 'dit'}, or for a baseline {'memory', 'dit'}, of a `transformer/`.
-
-    Args:
-      source: what errors call the place that the tensors come from.
+      where: what errors call the place that the tensors come from.
       theirs: its config.json.
       tensors: its tensors by name.
-      shardings: a tree like the result; default: the first device.
-      dtype: of the result.
 
     Raises ValueError where tensors are missing, left over or of another shape, or the stored table
     of positions is not the one that the config describes.
@@ -245,31 +150,57 @@ def load_transformer(
     paths = shapes(model, llm=fused)
     table = ("dit." if fused else "") + _TABLE
     if table in tensors:
-        _check_table(source, tensors[table].read(), model)
-    return load_tensors(
-        source, tensors, paths, rules(theirs, paths), shardings, dtype, unused={table}
-    )
+        _check_table(where, tensors[table].read(), model)
+    return sources(where, tensors, paths, rules(theirs, paths), unused={table})
+
+
+def load_transformer(
+    where: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Readable]
+) -> dict[str, Any]:
+    """The parameters of `open_transformer`, float32, on the first device."""
+    return materialise(open_transformer(where, theirs, tensors), None, jnp.float32)
 
 
 def load_language_model(
-    source: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Readable]
+    where: Any, theirs: Mapping[str, Any], tensors: Mapping[str, Readable]
 ) -> dict[str, Any]:
     """The parameters of a baseline's language model, which its `transformer/` does not hold.
 
-    Arguments and errors as of `load_transformer`; float32, on the first device.
+    Arguments and errors as of `open_transformer`; float32, on the first device.
     """
-    model = fusion.build(**sections(theirs))
-    prefix = "llm/"
-    paths = {p: s for p, s in shapes(model, llm=True).items() if p.startswith(prefix)}
-    paths = {p.removeprefix(prefix): s for p, s in paths.items()}
-    where = language_models.rules(theirs["base_config"])
-    return load_tensors(source, tensors, paths, where, None, jnp.float32)
+    net = fusion.build(**sections(theirs)).llm
+    found = sources(
+        where,
+        tensors,
+        language_models.shapes(net),
+        language_models.rules(theirs["base_config"]),
+    )
+    return materialise(found, None, jnp.float32)
+
+
+def table_entry(theirs: Mapping[str, Any]) -> list[Entry]:
+    """The table of positions, which they store: [] where the model has none."""
+    if theirs["pos_embed"] != "ape":
+        return []
+    prefix = "dit." if theirs["model_type"] == "FuseDiT" else ""
+    side, extent = theirs["pos_embed_max_size"], theirs["sample_size"] // theirs["patch_size"]
+    shape = (1, side**2, theirs["dit_hidden_size"])
+    return [Entry(prefix + _TABLE, shape, lambda: _table(side, shape[-1], extent)[None])]
+
+
+def _table(side: int, width: int, extent: float) -> np.ndarray:
+    """`absolute_table` of the whole square as they compute it, in float64: (side^2, D)."""
+    frequency = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4))
+    place = np.arange(side) / (side / extent)
+    column, row = (x.reshape(-1, 1) * frequency for x in np.meshgrid(place, place))
+    parts = [f(x) for x in (column, row) for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def _check_table(source: Any, stored: np.ndarray, model: fusion.TextToImageModel) -> None:
     side, width = model.dit.table_size, model.dit.width
     if side:
-        expected = absolute_table((side, side), width, side, model.dit.table_range)
+        expected = _table(side, width, model.dit.table_range)
         if stored.size == expected.size and np.allclose(
             np.float32(stored).reshape(expected.shape), expected, rtol=0, atol=1e-5
         ):

@@ -21,9 +21,8 @@ _DTYPES = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype("<i8"),  # may be there, and is never a weight: old CLIPs stored positions
 }
-_SIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
-_SIZES["I64"] = 8  # may be there, and is never a weight: the positions that old CLIPs stored
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -32,19 +31,19 @@ class Tensor:
     """One tensor of a safetensors file, not read yet."""
 
     file: epath.Path
-    dtype: str
+    dtype: np.dtype
     shape: tuple[int, ...]
     start: int  # byte in the file
     size: int  # bytes
 
     def read(self) -> np.ndarray:
         """The tensor in its own dtype, read-only. Raises ValueError for integers."""
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"{self.file}: a weight is {self.dtype!r}, not of {list(_DTYPES)}.")
+        if self.dtype == np.int64:
+            raise ValueError(f"{self.file}: a weight is of {self.dtype}, not of floats.")
         with self.file.open("rb") as f:
             f.seek(self.start)
             data = f.read(self.size)
-        return np.frombuffer(data, _DTYPES[self.dtype]).reshape(self.shape)
+        return np.frombuffer(data, self.dtype).reshape(self.shape)
 
 
 def open_tensors(files: Iterable[epath.Path]) -> dict[str, Tensor]:
@@ -131,7 +130,8 @@ def _write_file(file, entries, dtype: np.dtype, progress) -> None:
             x = entry.make()
             if x.shape != tuple(entry.shape):
                 raise ValueError(f"{entry.name} is {x.shape}, not {tuple(entry.shape)}.")
-            x = np.ascontiguousarray(x, dtype)
+            with np.errstate(over="ignore"):  # what is too large is said, not warned of
+                x = np.ascontiguousarray(x, dtype)
             if not _finite(x):
                 raise ValueError(f"{entry.name} has elements that are no finite {dtype}.")
             f.write(x.reshape(-1).view(np.uint8).data)
@@ -165,14 +165,14 @@ def _header(file: epath.Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         try:
             dtype, shape, (first, last) = (entry[k] for k in ("dtype", "shape", "data_offsets"))
-            known = dtype in _SIZES
+            known = dtype in _DTYPES
             whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
         except (KeyError, TypeError, ValueError) as error:
             raise broken(f"the entry of {name} is {entry!r}") from error
         if not known:
             raise ValueError(f"{file}: {name} is {dtype!r}; weights are one of {list(_DTYPES)}.")
-        size = math.prod(shape) * _SIZES[dtype] if whole else -1
+        size = math.prod(shape) * _DTYPES[dtype].itemsize if whole else -1
         if not whole or last - first != size or start + last > total:
             raise broken(f"{name}, {dtype} {shape}, is at bytes {first} to {last} of its data")
-        tensors[name] = Tensor(file, dtype, tuple(shape), start + first, size)
+        tensors[name] = Tensor(file, _DTYPES[dtype], tuple(shape), start + first, size)
     return tensors

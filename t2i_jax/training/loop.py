@@ -20,8 +20,9 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.evaluation import pictures
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.progress import Progress
 from t2i_jax.training import optimizer, pretrain, state, step
-from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
+from t2i_jax.training.metrics import MetricWriter, read_metrics
 
 # What a run may change when it is started again in its working directory; and train.steps, where
 # the schedule does not end with it.

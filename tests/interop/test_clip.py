@@ -90,7 +90,7 @@ def test_other_clips_are_refused(tmp_path):
             tensors=tensors)  # fmt: skip
     tensors = files.clip_tensors()
     tensors["text_model.final_layer_norm.bias"] = np.zeros(24, np.int64)
-    refused({}, "a weight is 'I64'", tensors=tensors)
+    refused({}, "a weight is of int64", tensors=tensors)
 
 
 def test_missing_weights_say_what_to_fetch(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from t2i_jax.training.metrics import MetricWriter, Progress, read_metrics
+from t2i_jax.progress import Progress
+from t2i_jax.training.metrics import MetricWriter, read_metrics
 
 
 def test_numbers_come_back_with_the_same_bits(tmp_path):

@@ -1,0 +1,285 @@
+"""Models from one format to another: what launch/convert.py does.
+
+    read     a checkpoint, our weights, a published pipeline, a diffusers export, or a part of a
+             model in its publisher's format: a language model, an autoencoder, a CLIP
+    write    our weights ('safetensors'), the published pipeline ('reference'), or a pipeline for
+             current diffusers that brings its code ('diffusers')
+
+Any that is read can be written as any that can hold it (t2i_jax/interop/stored.py). Tensors pass
+one at a time.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import re
+from typing import Any
+
+from etils import epath
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from t2i_jax import checkpoint, frozen
+from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.errors import ConfigError, MissingError, users_files
+from t2i_jax.interop import autoencoder, clip, diffusers, llm, native, published, stored
+from t2i_jax.interop.directory import read_json
+from t2i_jax.interop.stored import Files, Stored, prefixed
+from t2i_jax.progress import Progress
+
+FORMATS: dict[str, Callable[[Stored, str], Files]] = {
+    "safetensors": lambda model, dtype: native.files(model),
+    "reference": published.files,
+    "diffusers": diffusers.files,
+}
+DTYPES = ("float32", "bfloat16")
+_ELSEWHERE = "Known are checkpoints of a run, directories that launch/convert.py made, published "
+_ELSEWHERE += "pipelines, and directories of a language model, a VAE or a CLIP text encoder"
+
+
+# --- reading ---
+
+
+def is_converted(path: epath.PathLike) -> bool:
+    """Whether `path` is a directory of weights, and not one of a run."""
+    directory = epath.Path(path)
+    return any((directory / name).is_file() for name in (native.CARD, published.INDEX))
+
+
+def open_model(
+    path: epath.PathLike, *, averaged: bool = True, image_size: int | None = None
+) -> Stored:
+    """What is at `path`, whatever its format; no weight is read.
+
+    `averaged` chooses between the two weights of a checkpoint, `image_size` is as of
+    `published.open_pipeline`. Raises UserError that says what is there instead.
+    """
+    directory = epath.Path(path)
+    if not directory.exists():
+        raise MissingError(f"{path}: no such directory.")
+    with users_files():
+        if native.is_native(directory):
+            return native.open_native(directory)
+        if (directory / published.INDEX).is_file():
+            return _open_pipeline(directory, image_size)
+        if (directory / "config.json").is_file() and not (directory / "checkpoints").exists():
+            return _open_part(directory)
+    return _open_checkpoint(directory, averaged)
+
+
+def open_source(source: str, tokenizer: str | None = None, image_size: int | None = None) -> Stored:
+    """What is to be imported: a directory, or a repository of the Hugging Face Hub.
+
+    `tokenizer` is a directory to take the tokenizer from. Raises UserError as `open_model`, and
+    where a repository cannot be fetched or a model has no tokenizer that can be read here.
+    """
+    if not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        source = _fetch(source)
+    model = open_model(source, image_size=image_size)
+    if tokenizer:
+        model = dataclasses.replace(model, tokenizer=epath.Path(tokenizer))
+    if model.whole or tokenizer:
+        try:
+            Tokenizer.load(model.tokenizer)
+        except (FileNotFoundError, ValueError) as error:
+            raise MissingError(
+                f"{error}\nThe published pipelines may have a sentencepiece model alone: give "
+                "--tokenizer=DIR, the directory of their language model, which has tokenizer.json."
+            ) from error
+    return model
+
+
+def _fetch(name: str) -> str:
+    """The directory in the Hub's cache of a repository's weights, JSON and tokenizers."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return snapshot_download(name, allow_patterns=_FETCHED)
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise MissingError(
+            f"{name}: no such directory, and it cannot be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}: {error}). A gated model needs its licence accepted there, "
+            "and HF_TOKEN in the environment or `hf auth login`."
+        ) from error
+
+
+_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def _open_pipeline(directory: epath.Path, image_size: int | None) -> Stored:
+    kind = read_json(directory / published.INDEX).get("_class_name")
+    if kind in published.PIPELINES:
+        return published.open_pipeline(directory, image_size)
+    if kind == diffusers.CLASS:
+        return diffusers.open_pipeline(directory)
+    parts = [name for name in ("vae", "text_encoder") if (directory / name).is_dir()]
+    hint = f" Its parts are known: {', '.join(f'{directory}/{n}' for n in parts)}." if parts else ""
+    raise ValueError(f"{directory} is a {kind}, no pipeline of this family.{hint}")
+
+
+def _open_part(directory: epath.Path) -> Stored:
+    theirs = read_json(directory / "config.json")
+    kind = theirs.get("model_type") or theirs.get("_class_name")
+    if kind == "AutoencoderKL":
+        net, section, found = autoencoder.open_autoencoder(directory)
+        weights = prefixed("autoencoder", found)
+        config = {"autoencoder": section}
+        return Stored(directory, "AutoencoderKL of diffusers", config, weights, net)
+    if kind == "clip_text_model":
+        encoder, found = clip.open_clip(directory)
+        beside = directory.parent / "tokenizer"
+        return Stored(
+            directory,
+            "CLIP text encoder of transformers",
+            {"clip": clip.section(encoder)},
+            prefixed("clip", found),
+            clip_tokenizer=next((p for p in (directory, beside) if _has_tokenizer(p)), None),
+        )
+    if kind in llm.FAMILIES or kind == "paligemma":
+        section = llm.section(theirs["text_config"] if kind == "paligemma" else theirs)
+        return Stored(
+            directory,
+            f"language model of transformers ({kind})",
+            {"llm": section},
+            prefixed("llm", llm.open_llm(directory, section)),
+            tokenizer=directory if _has_tokenizer(directory) else None,
+        )
+    if kind in ("FuseDiT", "DiT"):
+        raise ValueError(f"{directory} is the transformer of a pipeline: name {directory.parent}.")
+    raise ValueError(f"{directory} is a {kind!r}. {_ELSEWHERE}.")
+
+
+def _has_tokenizer(directory: epath.Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def _open_checkpoint(path: epath.Path, averaged: bool) -> Stored:
+    try:
+        workdir, step = checkpoint.find(path)
+    except MissingError as error:
+        raise MissingError(f"{path} is no model. {_ELSEWHERE}.\n{error}") from error
+    with checkpoint.Checkpoints(workdir) as saved:
+        config = saved.config(step)
+        weights = saved.sources(step, "ema" if averaged else "params")
+    parts = frozen.open_parts(config, workdir)
+    config = ConfigDict(config)  # the paths are of this machine
+    with config.unlocked():
+        native.point_here(config)
+    return Stored(
+        where=path,
+        layout="checkpoint",
+        config=config.lock(),
+        weights={**weights, **parts.weights},
+        autoencoder=parts.network,
+        tokenizer=parts.tokenizer,
+        clip_tokenizer=parts.clip_tokenizer,
+        step=step,
+        averaged=averaged,
+    )
+
+
+# --- writing ---
+
+
+def write(model: Stored, out: epath.PathLike, layout: str, dtype: str) -> epath.Path:
+    """Writes a model in one of FORMATS, with a progress bar; all of it or nothing.
+
+    Raises UserError where the format cannot hold the model, a weight is missing or is no number, or
+    there is something at `out`.
+    """
+    stored.free(epath.Path(out))
+    with users_files():
+        if not model.whole and layout != "safetensors":
+            raise ConfigError(f"{model.where} is a part of a model, and {layout} holds whole ones.")
+        files = FORMATS[layout](model, dtype)
+        done, total = 0, files.size(dtype)
+
+        with Progress(max(total // _MEGABYTE, 1), name="writing", unit="MB") as bar:
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(done // _MEGABYTE)
+
+            return stored.write(files, out, dtype, advance)
+
+
+_MEGABYTE = 1_000_000
+
+
+# --- looking ---
+
+
+def describe(model: Stored) -> str:
+    """One screen of text: what it is, its parts, their sizes and dtypes."""
+    averaged = {True: "EMA", False: "raw", None: "not said"}[model.averaged]
+    lines = [("model", f"{model.layout} in {model.where}")]
+    if model.whole:
+        lines.append(("trained", f"step {model.step}, weights {averaged}"))
+        lines += list(_architecture(model.config))
+    for part in model.parts:
+        found = model.part(part)
+        size = sum(int(np.prod(s.shape)) for s in found.values())
+        kinds = sorted({str(jnp.dtype(s.dtype)) for s in found.values()})
+        lines.append((part, f"{size:,} parameters in {len(found)} arrays, {', '.join(kinds)}"))
+        largest = max(found, key=lambda p: int(np.prod(found[p].shape)))
+        lines.append(("", f"the largest is {part}/{largest} {found[largest].shape}"))
+    for name, path in (("tokenizer", model.tokenizer), ("CLIP's", model.clip_tokenizer)):
+        if path is not None:
+            lines.append((name, f"{path}"))
+    return "\n".join(f"{name:>11}  {text}" for name, text in lines)
+
+
+def _architecture(config: Any) -> Iterator[tuple[str, str]]:
+    c = config
+    yield "config", f"{c.name}: {c.data.image_size} px, {c.data.max_text_tokens} tokens of text"
+    table = " and a table" if c.dit.table_size else ""
+    yield (
+        "",
+        f"{c.memory.source} source, {c.dit.attention} attention; positions {c.dit.positions}"
+        f"{table}; conditioning {c.dit.conditioning}",
+    )
+    yield "", f"DiT {c.dit.num_layers} x {c.dit.width}, LLM {c.llm.num_layers} x {c.llm.width}"
+
+
+def compare(a: epath.PathLike, b: epath.PathLike) -> list[str]:
+    """`differences` of two directories, with a progress bar."""
+    one, other = open_model(a), open_model(b)
+    with Progress(max(len(one.weights), 1), name="comparing", unit="arrays") as bar, users_files():
+        return differences(one, other, bar.update)
+
+
+def differences(a: Stored, b: Stored, progress: Callable[[int], None] | None = None) -> list[str]:
+    """What makes them two models: one line a tensor or key that differs; [] where they are one.
+
+    Values are compared, in the wider of the two dtypes. `progress` is called once a tensor.
+    """
+    lines = [f"{p} is in {a.where} alone" for p in a.weights if p not in b.weights]
+    lines += [f"{p} is in {b.where} alone" for p in b.weights if p not in a.weights]
+    for name in ("llm", "memory", "dit", "autoencoder", "clip"):
+        one, other = (dict(m.config.get(name, {})) for m in (a, b))
+        lines += [
+            f"{name}.{key} = {one[key]!r} and {other[key]!r}"
+            for key in one.keys() & other.keys()
+            if one[key] != other[key] and key not in ("unroll", "remat", "tile")
+        ]
+    both = [path for path in a.weights if path in b.weights]
+    for i, path in enumerate(both, 1):
+        if line := _difference(path, a.weights[path], b.weights[path]):
+            lines.append(line)
+        if progress:
+            progress(i)
+    return lines
+
+
+def _difference(path: str, a: Any, b: Any) -> str | None:
+    if a.shape != b.shape:
+        return f"{path} is {a.shape} and {b.shape}"
+    layers = range(a.shape[0]) if "{L}" in native.flat_name(path) else [None]
+    worst = 0.0
+    for layer in layers:
+        one, other = (np.asarray(x.read(layer), np.float32) for x in (a, b))
+        if not np.array_equal(one, other):
+            worst = max(worst, float(np.max(np.abs(one - other))))
+    return f"{path} differs by up to {worst:.3g}" if worst else None
