@@ -19,7 +19,9 @@ STUDY = sorted(f"ablations/{f.stem}" for f in (FOLDER / "ablations").glob("*.py"
 NAMES = [*STUDY, "fusion_2b", "fusion_2b_gemma2", "fusion_qwen3"]
 OURS = ("ablations/middle", "ablations/mixture", "fusion_qwen3")  # the published system lacks these
 PUBLISHED = [name for name in NAMES if name not in OURS]
-VAE = AutoencoderKL(latent_channels=4, block_out_channels=(8, 16), norm_groups=4)
+VAE = AutoencoderKL(
+    latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4
+)
 WORDS = ["a", "red", "blue", "green", "ring", "square", "above", "below", "two", "small"]
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -39,10 +41,10 @@ def config(name):
     if c.dit.table_size:
         c.dit.update(table_size=16, table_range=4.0)
     if c.dit.pooled_width:
-        c.clip.update(files.CLIP | {"vocab_size": len(files.clip_vocabulary()), "max_tokens": 9})
+        c.clip.update(files.CLIP | {"vocab_size": len(files.clip_vocabulary()), "max_tokens": 77})
         c.dit.pooled_width = c.clip.projection_width
-    c.autoencoder.update(channels=4, downsample=2)
-    c.data.update(image_size=16, max_text_tokens=8)
+    c.autoencoder.update(channels=4)
+    c.data.update(image_size=64, max_text_tokens=8)
     c.train.update(dtype="float32", frozen_dtype="float32")
     c.sampling.update(steps=4, guidance=3.0, prompts=("a red ring",))
     native.point_here(c)

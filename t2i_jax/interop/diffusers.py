@@ -39,7 +39,6 @@ _CODE = {  # file of torch_runtime -> folder
 }
 _STEM = "diffusion_pytorch_model"
 _SECTIONS = ("llm", "memory", "dit")
-_TOKENIZER = "PreTrainedTokenizerFast"  # reads any tokenizer.json
 
 
 def rules(paths: Iterable[str]) -> list[Rule]:
@@ -58,7 +57,8 @@ def open_pipeline(path: epath.PathLike) -> Stored:
     shapes = expected_shapes(config, None, ["dit"])
     folder = directory / "transformer"
     theirs = read_json(folder / "config.json")
-    wrong = [name for name, value in _transformer_config(config).items() if theirs[name] != value]
+    expected = _transformer_config(config)
+    wrong = [name for name, value in expected.items() if theirs.get(name) != value]
     if wrong:
         raise ValueError(f"{folder / 'config.json'} and the card disagree on {', '.join(wrong)}.")
     tensors = safetensors.open_tensors(find_files(folder))
@@ -83,7 +83,7 @@ def open_pipeline(path: epath.PathLike) -> Stored:
 
 def _transformer_config(config: Any) -> dict[str, Any]:
     """The arguments of the transformer's class."""
-    sections = {name: config[name].to_dict() for name in _SECTIONS}
+    sections = {f"{name}_config": config[name].to_dict() for name in _SECTIONS}
     return sections | {"channels": config.autoencoder.channels}
 
 
@@ -97,7 +97,7 @@ def files(stored: Stored, dtype: str) -> Files:
         "_class_name": CLASS,
         "_diffusers_version": published.VERSION,
         "scheduler": ["diffusers", published.SCHEDULER],
-        "tokenizer": ["transformers", _TOKENIZER],
+        "tokenizer": ["transformers", _tokenizer_class(stored.tokenizer)],
         "transformer": _TRANSFORMER,
         "vae": [None, None],
         "clip": [None, None],
@@ -114,7 +114,7 @@ def files(stored: Stored, dtype: str) -> Files:
     if config.dit.pooled_width:
         published.add_clip(stored, "clip", weights, texts)
         index["clip"] = ["transformers", "CLIPTextModelWithProjection"]
-        index["clip_tokenizer"] = ["transformers", _TOKENIZER]
+        index["clip_tokenizer"] = ["transformers", _tokenizer_class(stored.clip_tokenizer)]
     texts = {name: json.dumps(content, indent=2) for name, content in texts.items()}
     texts[published.INDEX] = json.dumps(index, indent=2)
     runtime = Path(__file__).parent / "torch_runtime"
@@ -123,6 +123,13 @@ def files(stored: Stored, dtype: str) -> Files:
     copies |= tokenizer_files(stored.clip_tokenizer, "clip_tokenizer")
     texts |= {native.CARD: native.card(stored), "README.md": native.readme(stored)}
     return Files(weights, texts, copies)
+
+
+def _tokenizer_class(tokenizer: epath.Path) -> str:
+    """The class that reads any tokenizer.json; where there is none, the tokenizer's own."""
+    if (tokenizer / "tokenizer.json").is_file():
+        return "PreTrainedTokenizerFast"
+    return native.tokenizer_class(tokenizer).removesuffix("Fast")
 
 
 def _call_defaults(config: Any) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class FusedPipeline(DiffusionPipeline):
         `latents` (B, C, height / downsample, width / downsample) are the initial noise; drawn with
         `generator` where they are not given. `output_type` is 'pil', 'np', 'pt' or 'latent'.
         """
-        c, cell = self.config, self.downsample * self.transformer.config.dit["patch_size"]
+        c, cell = self.config, self.downsample * self.transformer.config.dit_config["patch_size"]
         height, width = height or c.image_size, width or c.image_size
         if height % cell or width % cell:
             raise ValueError(f"height {height} and width {width} must be multiples of {cell}.")

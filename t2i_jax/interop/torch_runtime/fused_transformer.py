@@ -361,8 +361,9 @@ class FusedTransformer(ModelMixin, ConfigMixin):
     _no_split_modules = ["LLMBlock", "DiTBlock"]
 
     @register_to_config
-    def __init__(self, llm: dict, memory: dict, dit: dict, channels: int):
+    def __init__(self, llm_config: dict, memory_config: dict, dit_config: dict, channels: int):
         super().__init__()
+        llm, memory, dit = llm_config, memory_config, dit_config
         source, shared = memory["source"], 0
         if source in ("deep", "mixture"):
             shared = dit["num_layers"]
@@ -376,19 +377,19 @@ class FusedTransformer(ModelMixin, ConfigMixin):
         else:
             self.memory = Selected(llm, dit, memory)
         self.dit = DiT(llm, dit, channels, normalise_text=source == "shallow")
+        # Text keys carry positions where they stand in one softmax with the image's.
+        self.turned = dit["attention"] == "joint" and source != "shallow"
 
     def encode_text(self, ids, mask, pooled=None):
         """(B, T) right-padded ids and boolean mask, and CLIP's embedding or None -> Memory."""
         read, hidden = self.llm(ids, mask)
         pairs, start = self.memory(read, hidden), mask.sum(-1)
-        llm = self.config.llm
-        turned = (
-            self.config.dit["attention"] == "joint" and self.config.memory["source"] != "shallow"
-        )
-        if turned:
-            angles = text_angles(ids.shape[1], llm["head_width"], llm["rope_theta"], ids.device)
-            pairs = [None if p is None else (rotate(p[0], angles), p[1]) for p in pairs]
-        return Memory(pairs, mask, start if turned else torch.zeros_like(start), pooled)
+        if not self.turned:
+            return Memory(pairs, mask, torch.zeros_like(start), pooled)
+        c = self.llm.c
+        angles = text_angles(ids.shape[1], c["head_width"], c["rope_theta"], ids.device)
+        pairs = [None if p is None else (rotate(p[0], angles), p[1]) for p in pairs]
+        return Memory(pairs, mask, start, pooled)
 
     def forward(self, z, t, memory):
         """Velocity (B, C, H, W) of latents z at times t (B,) in [0, 1], 1 = noise; float32."""
