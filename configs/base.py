@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.weights.tokenizer = "weights/gemma-2b"  # directory with tokenizer.json, or vocab.json
     config.weights.autoencoder = "weights/sd3-vae"  # diffusers AutoencoderKL directory
     config.weights.clip = "weights/sd3-clip"  # holds text_encoder/ and tokenizer/; see clip below
+    config.weights.start = ""  # a model whose trained weights are the first ones; '' = random
 
     # The frozen language model (Gemma 2B; other families differ in these keys). With
     # weights.llm it is what that directory's config.json says, or its first num_layers layers; the

@@ -38,6 +38,7 @@ TOKENIZER = flags.DEFINE_string(
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "import: pixels a side that a published model was trained at; default 512."
 )
+_SHOWN = 20  # differences that `check` prints
 
 
 def main(argv):
@@ -60,7 +61,8 @@ def main(argv):
         print(convert.describe(convert.open_model(*paths)))
     else:
         found = convert.compare(*paths)
-        print("\n".join(found) or "The same model, tensor by tensor.")
+        more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        print("\n".join([*found[:_SHOWN], *more]) or "The same model, tensor by tensor.")
         sys.exit(bool(found))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from t2i_jax import checkpoint, frozen
 from t2i_jax.data.tokenizer import Tokenizer
-from t2i_jax.errors import ConfigError, MissingError, users_files
+from t2i_jax.errors import ConfigError, MissingError, UserError, users_files
 from t2i_jax.interop import autoencoder, clip, diffusers, llm, native, published, stored
 from t2i_jax.interop.directory import read_json
 from t2i_jax.interop.stored import Files, Stored, prefixed
@@ -113,9 +113,13 @@ def _open_pipeline(directory: epath.Path, image_size: int | None) -> Stored:
         return published.open_pipeline(directory, image_size)
     if kind == diffusers.CLASS:
         return diffusers.open_pipeline(directory)
-    parts = [name for name in ("vae", "text_encoder") if (directory / name).is_dir()]
-    hint = f" Its parts are known: {', '.join(f'{directory}/{n}' for n in parts)}." if parts else ""
-    raise ValueError(f"{directory} is a {kind}, no pipeline of this family.{hint}")
+    raise ValueError(f"{directory} is a {kind}, no pipeline of this family.{_parts_of(directory)}")
+
+
+def _parts_of(directory: epath.Path) -> str:
+    """A hint at the parts that are in a directory of another pipeline."""
+    parts = [directory / name for name in ("vae", "text_encoder") if (directory / name).is_dir()]
+    return f" Its parts are known: {', '.join(map(str, parts))}." if parts else ""
 
 
 def _open_part(directory: epath.Path) -> Stored:
@@ -137,7 +141,7 @@ def _open_part(directory: epath.Path) -> Stored:
             clip_tokenizer=next((p for p in (directory, beside) if _has_tokenizer(p)), None),
         )
     if kind in llm.FAMILIES or kind == "paligemma":
-        section = llm.section(theirs["text_config"] if kind == "paligemma" else theirs)
+        section = llm.section(theirs)
         return Stored(
             directory,
             f"language model of transformers ({kind})",
@@ -158,7 +162,8 @@ def _open_checkpoint(path: epath.Path, averaged: bool) -> Stored:
     try:
         workdir, step = checkpoint.find(path)
     except MissingError as error:
-        raise MissingError(f"{path} is no model. {_ELSEWHERE}.\n{error}") from error
+        hint = _parts_of(path)
+        raise MissingError(f"{path} is no model.{hint} {_ELSEWHERE}.\n{error}") from error
     with checkpoint.Checkpoints(workdir) as saved:
         config = saved.config(step)
         weights = saved.sources(step, "ema" if averaged else "params")
@@ -195,14 +200,21 @@ def write(model: Stored, out: epath.PathLike, layout: str, dtype: str) -> epath.
         files = FORMATS[layout](model, dtype)
         done, total = 0, files.size(dtype)
 
-        with Progress(max(total // _MEGABYTE, 1), name="writing", unit="MB") as bar:
+        with Progress(max(-(-total // _MEGABYTE), 1), name="writing", unit="MB") as bar:
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
-                bar.update(done // _MEGABYTE)
+                bar.update(-(-done // _MEGABYTE))
 
-            return stored.write(files, out, dtype, advance)
+            try:
+                return stored.write(files, out, dtype, advance)
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # the disk is full, or not ours to write to
+                raise UserError(
+                    f"{out} cannot be written: {error}. Nothing of it is left."
+                ) from error
 
 
 _MEGABYTE = 1_000_000
@@ -213,10 +225,11 @@ _MEGABYTE = 1_000_000
 
 def describe(model: Stored) -> str:
     """One screen of text: what it is, its parts, their sizes and dtypes."""
-    averaged = {True: "EMA", False: "raw", None: "not said"}[model.averaged]
+    averaged = {True: "EMA", False: "raw", None: "not said which"}[model.averaged]
     lines = [("model", f"{model.layout} in {model.where}")]
     if model.whole:
-        lines.append(("trained", f"step {model.step}, weights {averaged}"))
+        step = "not said" if model.step is None else model.step
+        lines.append(("trained", f"step {step}, weights {averaged}"))
         lines += list(_architecture(model.config))
     for part in model.parts:
         found = model.part(part)
@@ -277,9 +290,9 @@ def _difference(path: str, a: Any, b: Any) -> str | None:
     if a.shape != b.shape:
         return f"{path} is {a.shape} and {b.shape}"
     layers = range(a.shape[0]) if "{L}" in native.flat_name(path) else [None]
-    worst = 0.0
+    differs, worst = False, 0.0
     for layer in layers:
         one, other = (np.asarray(x.read(layer), np.float32) for x in (a, b))
-        if not np.array_equal(one, other):
-            worst = max(worst, float(np.max(np.abs(one - other))))
-    return f"{path} differs by up to {worst:.3g}" if worst else None
+        if not np.array_equal(one, other, equal_nan=True):
+            differs, worst = True, np.fmax(worst, np.nanmax(np.abs(one - other), initial=0.0))
+    return f"{path} differs by up to {worst:.3g}" if differs else None

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -177,17 +178,24 @@ def place(
         for part in PARTS:
             if not (found := of_part(part, weights)):
                 continue
-            # The autoencoder's architecture is in its files, not in the config.
-            whole = part == "autoencoder"
-            places = sharding.replicated(mesh) if whole else _places(boxed[part], mesh)
+            places = sharding.replicated(mesh)
+            if part != "autoencoder":  # whose architecture is in its files, not in the config
+                places = _places(part, boxed[part], found, mesh)
             params[part] = materialise(found, places, dtype)
     if network is not None:
         network = network.clone(dtype=jnp.dtype(config.train.dtype))
     return build.make_autoencoder(config, network), params
 
 
-def _places(boxed: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x: x.sharding, build.sharded(boxed, mesh))
+def _places(part: str, boxed: Any, found: Mapping[str, Source], mesh: Mesh) -> Any:
+    """Where the parameters of a part live. Raises ValueError where they are not the config's."""
+    like = build.sharded(boxed, mesh)
+    shapes = {path: x.shape for path, x in flatten_dict(like, sep="/").items()}
+    if shapes != (there := {path: source.shape for path, source in found.items()}):
+        wrong = [p for p in sorted({*shapes, *there}) if shapes.get(p) != there.get(p)]
+        is_, wanted = (kept.get(wrong[0], "missing") for kept in (there, shapes))
+        raise ValueError(f"The {part} is not the config's: {wrong[0]} is {is_}, not {wanted}.")
+    return jax.tree.map(lambda x: x.sharding, like)
 
 
 def make_prompts(

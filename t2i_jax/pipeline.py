@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -65,17 +66,10 @@ class Pipeline(NamedTuple):
 
     @classmethod
     def _of(cls, stored: Stored) -> "Pipeline":
-        if not stored.whole:
-            raise ConfigError(f"{stored.where} is a part of a model ({', '.join(stored.parts)}).")
         config, mesh = stored.config, _mesh_here(stored.config)
+        params = trained_params(stored, config, mesh)
         prompts = frozen.make_prompts(config, stored.tokenizer, stored.clip_tokenizer)
         autoencoder, frozen_params = frozen.place(config, mesh, stored.weights, stored.autoencoder)
-        like = build.sharded(build.abstract_params(config)[0], mesh)
-        places = {name: jax.tree.map(lambda x: x.sharding, part) for name, part in like.items()}
-        with users_files():
-            params = {
-                name: materialise(stored.part(name), places[name], jnp.float32) for name in places
-            }
         model = build.model(config)
         return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
 
@@ -147,6 +141,32 @@ class Pipeline(NamedTuple):
             )
             gathered = jax.device_put(images, replicated)
         return np.asarray(gathered)
+
+
+def trained_params(stored: Stored, config: ConfigDict, mesh: Mesh) -> Any:
+    """The trained parameters of a model on disk, float32, sharded.
+
+    Raises ConfigError where they are not those of `config`.
+    """
+    if not stored.whole:
+        raise ConfigError(f"{stored.where} is a part of a model ({', '.join(stored.parts)}).")
+    like = build.sharded(build.abstract_params(config)[0], mesh)
+    found = {p: s for p, s in stored.weights.items() if p.split("/")[0] not in frozen.PARTS}
+    wanted = {path: x.shape for path, x in flatten_dict(like, sep="/").items()}
+    given = {path: source.shape for path, source in found.items()}
+    for name in ("memory", "dit"):
+        wanted |= {f"{name}.{key}": value for key, value in config[name].items()}
+        given |= {f"{name}.{key}": value for key, value in stored.config[name].items()}
+    wrong = [
+        f"{key} is {wanted.get(key, 'missing')}, there {given.get(key, 'missing')}"
+        for key in sorted(wanted.keys() | given.keys())
+        if wanted.get(key) != given.get(key) and not key.endswith((".remat", ".unroll"))
+    ]
+    if wrong:
+        some = "; ".join(wrong[:5]) + ("; ..." if wrong[5:] else "")
+        raise ConfigError(f"The config and {stored.where} are of different models: {some}.")
+    with users_files():
+        return materialise(found, jax.tree.map(lambda x: x.sharding, like), jnp.float32)
 
 
 def _mesh_here(config: ConfigDict) -> Mesh:

@@ -41,7 +41,11 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
             f"{c.memory.source} source, {c.dit.attention} attention; positions {positions}; "
             f"conditioning {c.dit.conditioning}",
         ),
-        ("trained", f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"),
+        (
+            "trained",
+            f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"
+            + (f", from {c.weights.start}" if c.weights.start else ""),
+        ),
         (
             "frozen",
             f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "

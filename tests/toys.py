@@ -18,6 +18,10 @@ FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 STUDY = sorted(f"ablations/{f.stem}" for f in (FOLDER / "ablations").glob("*.py"))
 NAMES = [*STUDY, "fusion_2b", "fusion_2b_gemma2", "fusion_qwen3"]
 OURS = ("ablations/middle", "ablations/mixture", "fusion_qwen3")  # the published system lacks these
+# Those that differ from another in sizes alone, or in whose weights they take.
+_ALIKE = "gemma_it hidden_1536 hidden_1792 layers_14 paligemma"
+_SAME = {"fusion_2b", *(f"ablations/{name}" for name in _ALIKE.split())}
+STRUCTURES = [name for name in NAMES if name not in _SAME]
 PUBLISHED = [name for name in NAMES if name not in OURS]
 VAE = AutoencoderKL(
     latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_groups=4
@@ -74,16 +78,16 @@ def weights(config, seed=0):
     """Random parameters of all parts, none of them zero, about as large as trained ones."""
     parts = ("dit", "autoencoder", *(("clip",) if config.dit.pooled_width else ()))
     rng = np.random.default_rng(seed)
+    factors = ("autoencoder", "clip") + (() if config.llm.norm_offset else ("llm",))
 
     def one(path, shape):
-        x = rng.standard_normal(shape).astype(np.float32)
-        norm = "norm" in path.split("/")[-2]
-        inputs = max(np.prod(shape[:-1]), 1) if "autoencoder" in path else 32
-        return Memory(
-            0.1 * x + (norm and path.startswith(("autoencoder", "clip")))
-            if norm
-            else x / inputs**0.5
-        )
+        x = rng.standard_normal(shape, np.float32)
+        *above, leaf = path.split("/")
+        if leaf == "bias" or "norm" in above[-1]:
+            centre = leaf == "weight" and above[0] in factors  # a norm's weight is its factor
+            return Memory(0.1 * x + np.float32(centre))
+        inputs = np.prod(shape[:-1]) if above[0] == "autoencoder" else 32
+        return Memory(x * np.float32(0.8 / inputs**0.5))
 
     return {p: one(p, s) for p, s in expected_shapes(config, VAE, parts).items()}
 

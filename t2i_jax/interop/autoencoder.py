@@ -1,6 +1,7 @@
 """AutoencoderKL from diffusers directories."""
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 from etils import epath
@@ -100,6 +101,7 @@ def open_autoencoder(
     return net, section, sources(directory, tensors, ours, rules(ours, old=old))
 
 
+@functools.lru_cache(maxsize=4)
 def shapes(net: AutoencoderKL) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters of an autoencoder."""
     image = jax.ShapeDtypeStruct((1, net.downsample, net.downsample, PIXEL_CHANNELS), jnp.float32)

@@ -91,7 +91,7 @@ def files(stored: Stored, dtype: str) -> Files:
     """The pipeline of a model."""
     del dtype  # torch's is given in loading
     config = stored.config
-    paths = [p for p in stored.weights if p.split("/")[0] in ("dit", "memory", "llm")]
+    paths = sorted(p for p in stored.weights if p.split("/")[0] in ("dit", "memory", "llm"))
     weights = [Weights("transformer", _STEM, mapping.entries(stored.weights, rules(paths)))]
     index = {
         "_class_name": CLASS,

@@ -81,13 +81,20 @@ def find(path: epath.PathLike, kind: str) -> tuple[epath.Path, list[epath.Path]]
     if not (directory / "config.json").exists():
         raise missing("it has no config.json")
     try:
-        return directory, find_files(directory)
+        return directory, _files(directory)
     except FileNotFoundError as error:
         raise missing(str(error)) from error
 
 
 def find_files(directory: epath.Path) -> list[epath.Path]:
     """The safetensors files of a directory: one, or those that its index names. All exist."""
+    try:
+        return _files(directory)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"No weights in {directory}: {error}.") from error
+
+
+def _files(directory: epath.Path) -> list[epath.Path]:
     for name in _NAMES:
         if (directory / name).exists():
             return [directory / name]

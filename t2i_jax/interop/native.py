@@ -175,6 +175,7 @@ def point_here(config: ConfigDict) -> None:
     config.weights.llm, config.weights.tokenizer = ".", TOKENIZER
     config.weights.autoencoder = "" if identity else "."
     config.weights.clip = "." if pooled else ""
+    config.weights.start = ""
 
 
 def tokenizer_class(tokenizer: epath.Path) -> str:
@@ -189,7 +190,11 @@ def whole_config(content: Mapping[str, Any], file: Any) -> ConfigDict:
     """The config of a card. Raises ValueError where it is not one of this version."""
     config = configs.from_json(json.dumps(content["config"]))
     try:
-        configs.validate(config, configs.base())
+        schema = configs.base()
+    except ValueError:  # the package alone, without the configs of a checkout
+        schema = None
+    try:
+        configs.validate(config, schema)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return config
@@ -197,7 +202,7 @@ def whole_config(content: Mapping[str, Any], file: Any) -> ConfigDict:
 
 def files(stored: Stored) -> Files:
     """The directory of a model, or of a part of one."""
-    shapes = {path: source.shape for path, source in stored.weights.items()}
+    shapes = {path: stored.weights[path].shape for path in sorted(stored.weights)}
     weights = Weights("", "model", mapping.entries(stored.weights, rules(shapes)))
     copies = tokenizer_files(stored.tokenizer, TOKENIZER)
     copies |= tokenizer_files(stored.clip_tokenizer, CLIP_TOKENIZER)

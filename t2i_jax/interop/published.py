@@ -117,7 +117,7 @@ def files(stored: Stored, dtype: str) -> Files:
     fused, with_clip = theirs["model_type"] == "FuseDiT", bool(config["dit"]["pooled_width"])
     language = theirs["base_config"] | {"torch_dtype": dtype}
     kind = (_WITH_CLIP if with_clip else _FUSED) if fused else _BASELINE
-    inside = [p for p in stored.weights if p.split("/")[0] in ("dit", "memory", "llm")]
+    inside = sorted(p for p in stored.weights if p.split("/")[0] in ("dit", "memory", "llm"))
     paths = [p for p in inside if fused or not p.startswith("llm/")]
     rules = reference.rules(theirs, paths)
     entries = reference.table_entry(theirs) + mapping.entries(stored.weights, rules)

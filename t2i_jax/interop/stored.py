@@ -7,7 +7,6 @@ other. `write` then moves the tensors, one at a time.
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
-import shutil
 from typing import Any
 import uuid
 
@@ -131,10 +130,15 @@ class Files:
 
 
 def tokenizer_files(source: epath.Path | None, folder: str) -> dict[str, epath.Path]:
-    """The files of a tokenizer, to be copied into `folder`."""
+    """The files of a tokenizer, to be copied into `folder`; none of None.
+
+    Raises FileNotFoundError where there is none.
+    """
     if source is None:
         return {}
     there = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if not there:
+        raise FileNotFoundError(f"There is no tokenizer in {source}.")
     return {f"{folder}/{name}": source / name for name in there}
 
 
@@ -171,7 +175,8 @@ def write(
             )
         temporary.rename(out)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            temporary.rmtree()
         raise
     return out
 

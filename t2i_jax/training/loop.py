@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from t2i_jax import build, checkpoint, frozen, plan, sharding
+from t2i_jax import build, checkpoint, convert, frozen, plan, sharding
 from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.evaluation import pictures
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
 from t2i_jax.training import optimizer, pretrain, state, step
 from t2i_jax.training.metrics import MetricWriter, read_metrics
@@ -130,6 +130,8 @@ def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     """(training, validation) sources; raises SetupError naming every missing file of the run."""
     problems = frozen.missing(config)
+    if config.weights.start and not epath.Path(config.weights.start).exists():
+        problems.append(f"weights.start = {config.weights.start!r}: no such directory.")
     try:
         opened = tuple(sources.make_source(config, split) for split in sources.SPLITS)
     except (FileNotFoundError, ImportError, ValueError) as error:
@@ -214,7 +216,10 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         like = checkpoint.abstract(whole, shardings)
         current = saved.restore(saved.steps()[-1], like)
     else:
-        params = init_part(config, mesh, state.Stream.INIT, tuple(trained))
+        if config.weights.start:
+            params = trained_params(convert.open_model(config.weights.start), config, mesh)
+        else:
+            params = init_part(config, mesh, state.Stream.INIT, tuple(trained))
         create = jax.jit(lambda p: state.create(p, update), out_shardings=shardings)
         current = create(params)
     objective = step.Objective(model, autoencoder, **config.flow, clip=build.clip(config))

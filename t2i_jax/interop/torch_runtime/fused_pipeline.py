@@ -66,61 +66,46 @@ class FusedPipeline(DiffusionPipeline):
 
     # --- text ---
 
+    def _around(self, tokenizer):
+        """The ids that a tokenizer puts before and after a text; a BOS that it names it has."""
+        inner = tokenizer("a", add_special_tokens=False).input_ids
+        ids, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
+        start = next(i for i in range(len(ids)) if ids[i : i + len(inner)] == inner)
+        before, after = ids[:start], ids[start + len(inner) :]
+        return before if bos is None or before[:1] == [bos] else [bos, *before], after
+
     def _rows(self, tokenizer, texts, length):
         """Ids of each text, with BOS and EOS as the tokenizer has them, cut to `length`."""
-        bos, rows = tokenizer.bos_token_id, []
-        for text in texts:
-            plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            around = tokenizer("a", split_special_tokens=True).input_ids
-            inner = len(tokenizer("a", add_special_tokens=False).input_ids)
-            first = next(i for i, x in enumerate(around) if x not in tokenizer.all_special_ids)
-            before, after = around[:first], around[first + inner :]
-            if bos is not None and before[:1] != [bos]:
-                before = [bos, *before]
-            room = None if length is None else length - len(before) - len(after)
-            rows.append([*before, *plain[:room], *after])
-        return rows
+        before, after = self._around(tokenizer)
+        room = length - len(before) - len(after)
 
-    def _chat_rows(self, texts, length):
-        rows = []
-        for text in texts:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=self.config.add_generation_prompt,
-                return_dict=False,
-            )
-            rows.append(list(ids)[:length])
-        return rows
+        def plain(text):  # in which '<eos>' is five characters, no end of the text
+            return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+        return [[*before, *plain(text)[:room], *after] for text in texts]
 
     def _prompt_rows(self, texts, length):
-        if self.config.chat_template:
-            return self._chat_rows(texts, length)
-        return self._rows(self.tokenizer, texts, length)
+        """The same of prompts, as one turn of the chat template where the model has it."""
+        c = self.config
+        if not c.chat_template:
+            return self._rows(self.tokenizer, texts, length)
+        turns = ([{"role": "user", "content": text}] for text in texts)
+        options = {"add_generation_prompt": c.add_generation_prompt, "return_dict": False}
+        rows = (self.tokenizer.apply_chat_template(turn, **options) for turn in turns)
+        return [list(row)[:length] for row in rows]
 
     def tokenize(self, prompts):
         """Ids (B, T) and mask (B, T); '' stays '', others come after the instruction."""
-        c, bos = self.config, self.tokenizer.bos_token_id is not None
+        c, t = self.config, self.tokenizer
         (instruction,) = self._prompt_rows([c.instruction.rstrip()], c.max_text_tokens)
-        length = c.max_text_tokens + len(instruction) - bos
-        rows = [
-            (
-                self._prompt_rows([c.instruction + p], length)
-                if p
-                else self._rows(self.tokenizer, [""], length)
-            )[0]
-            for p in prompts
-        ]
-        known = (
-            self.tokenizer.pad_token_id,
-            self.tokenizer.eos_token_id,
-            self.tokenizer.bos_token_id,
-        )
-        ids = torch.full((len(rows), length), next(i for i in known if i is not None))
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=ids.dtype)
-            mask[i, : max(len(row), 1)] = True
-        return ids, mask
+        length = c.max_text_tokens + len(instruction) - (t.bos_token_id is not None)
+        spoken = iter(self._prompt_rows([c.instruction + p for p in prompts if p], length))
+        (silent,) = self._rows(t, [""], length)
+        rows = [next(spoken) if p else silent for p in prompts]
+        pad = next(i for i in (t.pad_token_id, t.eos_token_id, t.bos_token_id) if i is not None)
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+        lengths = torch.tensor([max(len(row), 1) for row in rows])
+        return ids, torch.arange(length) < lengths[:, None]
 
     def encode_prompt(self, prompts):
         """What the image tokens see of the prompts, one row each."""

@@ -1,0 +1,107 @@
+"""What is exported for diffusers, run in torch, draws what we draw."""
+
+from diffusers import DiffusionPipeline
+import jax
+import numpy as np
+import pytest
+import torch
+
+from t2i_jax import build, convert
+from t2i_jax.pipeline import Pipeline
+from tests import toys
+
+PROMPTS = ["a red ring above a blue square", "two small ring", "a <bos> green"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory):
+    """Where diffusers keeps the code that a pipeline brings."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", folder)
+        yield
+
+
+def noise(config, count, seed):
+    """The initial noise that our pipeline takes: (B, H, W, C)."""
+    key, shape = jax.random.key(seed), build.latent_shape(config)
+    each = [jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(count)]
+    return np.stack(each)
+
+
+def in_torch(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, latents, **options):
+    """uint8 (B, H, W, 3) of `PROMPTS`."""
+    latents = torch.tensor(latents.transpose(0, 3, 1, 2))
+    images = pipe(PROMPTS, latents=latents, output_type="np", **options).images
+    return np.round(255 * images).astype(int)
+
+
+@pytest.mark.parametrize("name", toys.STRUCTURES)
+def test_every_configuration(tmp_path, name):
+    model = toys.model(name, tmp_path / "source")
+    folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
+    ours, pipe = Pipeline.load(folder), in_torch(folder)
+    ids, mask = pipe.tokenize([*PROMPTS, ""])
+    expected = ours.prompts.encode([*PROMPTS, ""])
+    np.testing.assert_array_equal(ids, expected["ids"])
+    np.testing.assert_array_equal(mask, expected["mask"])
+    images = ours.draw(PROMPTS, seed=3)
+    assert images.std() > 20 and np.mean((images > 0) & (images < 255)) > 0.5
+    assert np.abs(images[0].astype(int) - images[1]).mean() > 1
+    drawn = draw(pipe, noise(ours.config, len(PROMPTS), 3))
+    assert np.abs(drawn - images).max() <= 1
+
+
+def test_the_pipeline_in_torch(tmp_path):
+    """What a call takes: guidance, steps, sizes, negative prompts, a callback, kinds of output."""
+    model = toys.model("fusion_2b_gemma2", tmp_path / "source")
+    folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
+    ours, pipe = Pipeline.load(folder), in_torch(folder)
+    latents = noise(ours.config, len(PROMPTS), 0)
+    for options in ({"guidance": 1.0}, {"guidance": 5.0, "steps": 7}):
+        theirs = {"num_inference_steps": options.get("steps")}
+        drawn = draw(pipe, latents, guidance_scale=options["guidance"], **theirs)
+        assert np.abs(drawn - ours.draw(PROMPTS, seed=0, **options)).max() <= 1
+    default = draw(pipe, latents)
+    assert np.abs(default - draw(pipe, latents, negative_prompt="two blue ring")).max() > 1
+
+    calls = []
+
+    def callback(pipe, step, timestep, given):
+        calls.append(step)
+        return {"latents": 0 * given["latents"]} if step == 3 else {}
+
+    tall = pipe("a red ring", height=96, width=48, callback_on_step_end=callback)
+    assert tall.images[0].size == (48, 96) and calls == [0, 1, 2, 3]
+    generator = torch.Generator().manual_seed(0)
+    several = pipe("a ring", num_images_per_prompt=2, generator=generator, output_type="latent")
+    assert several.images.shape == (2, 4, 8, 8) and several.images[0].ne(several.images[1]).any()
+    with pytest.raises(ValueError, match="must be multiples of 16"):
+        pipe("a ring", height=40)
+
+    half = in_torch(folder, torch_dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert np.abs(draw(half, latents) - default).mean() < 10
+
+
+def test_a_model_of_pixels(tmp_path, trained):
+    """The demo's kind: no VAE, an LLM of its own."""
+    folder = convert.write(convert.open_model(trained), tmp_path / "out", "diffusers", "float32")
+    ours, pipe = Pipeline.load(trained), in_torch(folder)
+    prompts = ["a red ring", "two blue squares"]
+    latents = torch.tensor(noise(ours.config, 2, 0).transpose(0, 3, 1, 2))
+    images = pipe(prompts, latents=latents, output_type="np").images
+    assert np.abs(np.round(255 * images) - ours.draw(prompts, seed=0)).max() <= 1
+
+
+def test_the_code_is_run_only_where_it_is_trusted(tmp_path):
+    model = toys.model("fusion_2b", tmp_path / "source")
+    folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(str(folder))
