@@ -5,10 +5,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from t2i_jax import build, convert
+from t2i_jax.data.prompts import Prompts
+from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.pipeline import Pipeline
-from tests import toys
+from tests import files, toys
 
 PROMPTS = ["a red ring above a blue square", "two small ring", "a <bos> green"]
 
@@ -85,9 +88,28 @@ def test_the_pipeline_in_torch(tmp_path):
     with pytest.raises(ValueError, match="must be multiples of 16"):
         pipe("a ring", height=40)
 
-    half = in_torch(folder, torch_dtype=torch.bfloat16)
+    half = in_torch(folder, dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
     assert np.abs(draw(half, latents) - default).mean() < 10
+
+
+def test_chat_templates_and_instructions(tmp_path):
+    """Rows of ids, where the prompt is a turn of a chat that begins with an instruction."""
+    model = toys.model("fusion_2b", tmp_path / "source")
+    pipe = in_torch(convert.write(model, tmp_path / "out", "diffusers", "float32"))
+    files.write_chat(tmp_path / "chat", ["a red ring", "two small rings, imagine"])
+    pipe.tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "chat")
+    data = toys.config("fusion_2b").data.copy_and_resolve_references()
+    prompts = ["a red ring", "", "one <end_of_turn> two", "a very long prompt of many words " * 9]
+    for chat, generation in ((False, False), (True, False), (True, True)):
+        changes = {"chat_template": chat, "add_generation_prompt": generation}
+        changes |= {"instruction": "Imagine: ", "max_text_tokens": 40}
+        data.update(changes)
+        pipe.register_to_config(**changes)
+        expected = Prompts(Tokenizer.load(tmp_path / "chat"), data).encode(prompts)
+        ids, mask = pipe.tokenize(prompts)
+        np.testing.assert_array_equal(ids, expected["ids"])
+        np.testing.assert_array_equal(mask, expected["mask"])
 
 
 def test_a_model_of_pixels(tmp_path, trained):

@@ -91,6 +91,7 @@ class FusedPipeline(DiffusionPipeline):
             return self._rows(self.tokenizer, texts, length)
         turns = ([{"role": "user", "content": text}] for text in texts)
         options = {"add_generation_prompt": c.add_generation_prompt, "return_dict": False}
+        options["sanitize_control_tokens"] = True  # those of the prompt are text, as above
         rows = (self.tokenizer.apply_chat_template(turn, **options) for turn in turns)
         return [list(row)[:length] for row in rows]
 
