@@ -9,9 +9,12 @@ Any that is read can be written as any that can hold it (t2i_jax/interop/stored.
 one at a time.
 """
 
+import atexit
 from collections.abc import Callable, Iterator
 import dataclasses
 import re
+import shutil
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -80,12 +83,14 @@ def open_source(source: str, tokenizer: str | None = None, image_size: int | Non
         model = dataclasses.replace(model, tokenizer=epath.Path(tokenizer))
     if model.whole or tokenizer:
         try:
-            Tokenizer.load(model.tokenizer)
+            words = Tokenizer.load(model.tokenizer)
         except (FileNotFoundError, ValueError) as error:
-            raise MissingError(
-                f"{error}\nThe published pipelines may have a sentencepiece model alone: give "
-                "--tokenizer=DIR, the directory of their language model, which has tokenizer.json."
-            ) from error
+            raise MissingError(f"{error} Or name one by --tokenizer=DIR.") from error
+        if not _has_tokenizer(model.tokenizer):  # a sentencepiece model, which is not kept
+            folder = epath.Path(tempfile.mkdtemp())
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            words.save(folder)
+            model = dataclasses.replace(model, tokenizer=folder)
     return model
 
 
@@ -104,7 +109,7 @@ def _fetch(name: str) -> str:
         ) from error
 
 
-_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer/tokenizer.model"]
 
 
 def _open_pipeline(directory: epath.Path, image_size: int | None) -> Stored:

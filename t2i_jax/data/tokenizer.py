@@ -1,13 +1,15 @@
 """Texts to token ids: right-padded, cut to a length, with the BOS and EOS that the model expects.
 
 Directories of Hugging Face are read by transformers' fast tokenizers, from the files that are named
-here and no others: no sentencepiece model, no pickle and no code of a repository is ever loaded,
-and nothing is downloaded. A tokenizer can also be trained on the captions of the data.
+here and no others: no pickle and no code of a repository is ever loaded, and nothing is downloaded.
+A sentencepiece model alone is read where the sentencepiece package is installed. A tokenizer can
+also be trained on the captions of the data.
 """
 
 from collections.abc import Iterable, Sequence
 import copy
 import functools
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -26,8 +28,10 @@ from t2i_jax.interop.directory import fetch_command
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0 to 3, as Gemma's
 _ROLES = ("pad_token", "eos_token", "bos_token", "unk_token")
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
-_WHOLE = ((_FILE,), ("vocab.json", "merges.txt"))  # either is a tokenizer; CLIP's may be the second
-_BESIDE = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_MODEL, _TEMPLATE = "tokenizer.model", "chat_template.jinja"
+# Each is a tokenizer; CLIP's may be the second, the published pipelines' the third.
+_WHOLE = ((_FILE,), ("vocab.json", "merges.txt"), (_MODEL,))
+_BESIDE = (_CONFIG, "special_tokens_map.json", "added_tokens.json", _TEMPLATE)
 
 
 class Tokenizer:
@@ -69,7 +73,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fetch: str = "") -> "Tokenizer":
-        """Reads a directory with tokenizer.json, or with vocab.json and merges.txt.
+        """Reads a directory with tokenizer.json, or vocab.json and merges.txt, or tokenizer.model.
 
         `fetch` is what to type where there is none; by default, what fetches a language model's.
         """
@@ -86,6 +90,12 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"No tokenizer: looked for {_FILE}, or vocab.json and merges.txt, in "
                 f"{os.fspath(directory)}, {state}. {what}."
+            )
+        if whole == (_MODEL,) and importlib.util.find_spec("sentencepiece") is None:
+            raise FileNotFoundError(
+                f"The tokenizer in {os.fspath(directory)} is a sentencepiece model alone: "
+                "`pip install sentencepiece` to have it read, or take the tokenizer.json that the "
+                "repository of its language model has."
             )
         try:
             return cls(_from_files(directory, (*whole, *_BESIDE)))
@@ -124,10 +134,7 @@ class Tokenizer:
         return cls(_transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **named))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes a directory that `load` and transformers' AutoTokenizer read, all or nothing.
-
-        Chat templates are not written: a tokenizer that is trained here has none.
-        """
+        """Writes a directory that `load` and transformers' AutoTokenizer read, all or nothing."""
         directory = epath.Path(directory)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -140,11 +147,13 @@ class Tokenizer:
         temporary.mkdir()
         (temporary / _FILE).write_text(self._backend.to_str(pretty=True))
         (temporary / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+        if self.has_chat_template:
+            (temporary / _TEMPLATE).write_text(self._fast.chat_template)
         try:
             temporary.rename(directory)
         except OSError:  # there is one already: replace its files one by one
-            for name in (_CONFIG, _FILE):
-                (temporary / name).replace(directory / name)
+            for file in temporary.iterdir():
+                file.replace(directory / file.name)
             temporary.rmdir()
 
     def _has(self, role: str) -> bool:

@@ -231,13 +231,15 @@ def test_parts_are_imported_and_used(made, tmp_path):
     assert frozen.missing(config) == [f"{tmp_path}/autoencoder holds autoencoder, and no llm."]
 
 
-def test_a_pipeline_with_a_sentencepiece_tokenizer_alone(broken, tmp_path):
+def test_a_pipeline_with_a_sentencepiece_tokenizer_alone(broken, tmp_path, monkeypatch):
+    """Which is read where the library is installed (tests/parity), and else asked for."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     folder = broken("reference")
     tokenizer = tmp_path / "elsewhere"
     (folder / "tokenizer").rename(tokenizer)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.model").write_bytes(b"sentencepiece")
-    refused(folder, r"give\s+--tokenizer=DIR")
+    refused(folder, r"`pip install sentencepiece`(.|\n)*by --tokenizer=DIR")
     model = convert.open_source(str(folder), tokenizer=str(tokenizer))
     out = convert.write(model, tmp_path / "out", "safetensors", "float32")
     assert (out / "tokenizer" / "tokenizer.json").exists()

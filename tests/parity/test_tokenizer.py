@@ -92,3 +92,40 @@ def test_tokenizer(tmp_path, make):
             turn = [{"role": "user", "content": text}]
             options = {"add_generation_prompt": generation, "return_dict": False}
             assert row == theirs.apply_chat_template(turn, **options)
+
+
+def test_a_sentencepiece_model_alone(tmp_path):
+    """As the published pipelines have it, of Gemma's kind; the library itself is the oracle."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = ["a red ring above a blue square", "two small rings by a green triangle", "12 crosses"]
+    (tmp_path / "text").write_text("\n".join(words * 50))
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    special = {f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    ids = {f"{name}_id": i for i, name in enumerate(("pad", "eos", "bos", "unk"))}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        minloglevel=2,
+        **special,
+        **ids,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config |= {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.save(tmp_path / "saved")
+    oracle = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    texts = ["a red ring", "", "two  small é🦊 rings 12", " <eos> a\nb"]
+    expected = [[2, *oracle.encode(text)] for text in texts]
+    for read in (tokenizer, Tokenizer.load(tmp_path / "saved")):
+        assert (read.bos_id, read.pad_id) == (2, 0)
+        assert read.rows(texts) == expected
