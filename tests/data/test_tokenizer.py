@@ -256,15 +256,18 @@ def test_no_code_of_a_directory_is_run_and_no_network_used(tmp_path, monkeypatch
         Tokenizer.load(tmp_path / "remote")
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_broken_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         Tokenizer.load(tmp_path / "gemma-2b")
     assert f"hf download google/gemma-2b --local-dir {tmp_path / 'gemma-2b'}" in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"Fetch it with `ask me` \(accept its lic.*\)\.$"):
         Tokenizer.load(tmp_path / "gemma-2b", "ask me")
-    (tmp_path / "tokenizer.model").write_bytes(b"\x80")  # sentencepiece: never read
     (tmp_path / "vocab.json").write_text("{}")  # half of a tokenizer
-    with pytest.raises(FileNotFoundError, match=r"it holds \['tokenizer.model', 'vocab.json'\]"):
+    with pytest.raises(FileNotFoundError, match=r"it holds \['vocab.json'\]"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="a sentencepiece model alone: `pip install sent"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
