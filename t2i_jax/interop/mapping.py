@@ -24,6 +24,8 @@ import numpy as np
 
 from t2i_jax.interop.safetensors import Entry
 
+_SQUARE = 256  # elements a side that are transposed at once: they fit a cache
+
 
 class Readable(Protocol):
     """One tensor of others, wherever it is stored."""
@@ -166,7 +168,7 @@ def _to_ours(x: np.ndarray, layout: str, shape) -> np.ndarray:
     sizes = dict(zip(ours, shape, strict=True))
     letters = "".join(theirs)
     split = x.reshape([sizes[letter] for letter in letters])
-    return split.transpose([letters.index(letter) for letter in ours])
+    return _permuted(split, [letters.index(letter) for letter in ours])
 
 
 def _check(source, tensors, expected, unused) -> None:
@@ -212,4 +214,23 @@ def _to_theirs(x: np.ndarray, layout: str) -> np.ndarray:
     theirs, ours = (side.split() for side in layout.split("->"))
     letters = "".join(theirs)
     merged = _their_shape(layout, x.shape)
-    return x.transpose([ours.index(letter) for letter in letters]).reshape(merged)
+    return _permuted(x, [ours.index(letter) for letter in letters]).reshape(merged)
+
+
+def _permuted(x: np.ndarray, axes: list[int]) -> np.ndarray:
+    """x.transpose(axes).
+
+    Where its first axes and its others change places, which is most of what there is to do, it is
+    the transpose of a matrix, copied square by square: numpy's own copy takes three times as long.
+    """
+    first = axes[0]
+    if axes != [*range(first, x.ndim), *range(first)] or first == 0 or x.size < _SQUARE**2:
+        return x.transpose(axes)
+    matrix = x.reshape(math.prod(x.shape[:first]), -1)
+    matrix = matrix.view(f"u{x.dtype.itemsize}")  # bits are bits
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    for i in range(0, matrix.shape[0], _SQUARE):
+        for j in range(0, matrix.shape[1], _SQUARE):
+            rows, columns = slice(i, i + _SQUARE), slice(j, j + _SQUARE)
+            out[columns, rows] = matrix[rows, columns].T
+    return out.view(x.dtype).reshape([x.shape[axis] for axis in axes])

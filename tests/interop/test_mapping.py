@@ -100,3 +100,32 @@ def test_tensors_are_made_one_at_a_time_in_their_turn(folder):
     assert made == list(range(5)) and len(files) == 3
     single = safetensors.write(folder, "large", entries[:1], "float32", max_bytes=3)
     assert len(single) == 1  # larger than a part: a part of its own
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "shape, axes",
+    [
+        ((300, 513), [1, 0]),
+        ((40, 16, 300), [2, 0, 1]),
+        ((300, 40, 16), [1, 2, 0]),
+        ((3, 5), [1, 0]),
+        ((64, 32, 64), [1, 0, 2]),
+        ((64, 32, 64), [0, 1, 2]),
+        ((300, 3, 16, 16), [2, 3, 1, 0]),
+    ],
+)
+def test_large_arrays_are_transposed_in_squares(shape, axes, dtype):
+    x = np.random.default_rng(0).standard_normal(shape).astype(jax.numpy.dtype(dtype))
+    found = mapping._permuted(x, axes)
+    np.testing.assert_array_equal(found, x.transpose(axes), strict=True)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_not_finite_is_seen_in_any_dtype(folder, value, dtype):
+    x = np.ones(7, "f4")
+    safetensors.write(folder, "model", [entry("w", x)], dtype)
+    x[5] = value
+    with pytest.raises(ValueError, match="w has elements that are no finite"):
+        safetensors.write(folder, "model", [entry("w", x)], dtype)
