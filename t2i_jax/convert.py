@@ -12,6 +12,7 @@ one at a time.
 import atexit
 from collections.abc import Callable, Iterator
 import dataclasses
+import math
 import re
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, MissingError, UserError, users_files
 from t2i_jax.interop import autoencoder, clip, diffusers, llm, native, published, stored
 from t2i_jax.interop.directory import read_json
+from t2i_jax.interop.mapping import Source
 from t2i_jax.interop.stored import Files, Stored, prefixed
 from t2i_jax.progress import Progress
 
@@ -264,14 +266,27 @@ def _architecture(config: Any) -> Iterator[tuple[str, str]]:
 def compare(a: epath.PathLike, b: epath.PathLike) -> list[str]:
     """`differences` of two directories, with a progress bar."""
     one, other = open_model(a), open_model(b)
-    with Progress(max(len(one.weights), 1), name="comparing", unit="arrays") as bar, users_files():
-        return differences(one, other, bar.update)
+    done, total = 0, sum(_millions(source) for source in one.weights.values())
+    with Progress(total, name="comparing", unit="M numbers") as bar, users_files():
+
+        def advance(source: Source) -> None:
+            nonlocal done
+            done += _millions(source)
+            bar.update(done)
+
+        return differences(one, other, advance)
 
 
-def differences(a: Stored, b: Stored, progress: Callable[[int], None] | None = None) -> list[str]:
+def _millions(source: Source) -> int:
+    return -(-math.prod(source.shape) // 1_000_000)
+
+
+def differences(
+    a: Stored, b: Stored, progress: Callable[[Source], None] | None = None
+) -> list[str]:
     """What makes them two models: one line a tensor or key that differs; [] where they are one.
 
-    Values are compared, in the wider of the two dtypes. `progress` is called once a tensor.
+    Values are compared, whatever their dtypes. `progress` is called after each tensor.
     """
     lines = [f"{p} is in {a.where} alone" for p in a.weights if p not in b.weights]
     lines += [f"{p} is in {b.where} alone" for p in b.weights if p not in a.weights]
@@ -282,12 +297,11 @@ def differences(a: Stored, b: Stored, progress: Callable[[int], None] | None = N
             for key in one.keys() & other.keys()
             if one[key] != other[key] and key not in ("unroll", "remat", "tile")
         ]
-    both = [path for path in a.weights if path in b.weights]
-    for i, path in enumerate(both, 1):
+    for path in (path for path in a.weights if path in b.weights):
         if line := _difference(path, a.weights[path], b.weights[path]):
             lines.append(line)
         if progress:
-            progress(i)
+            progress(a.weights[path])
     return lines
 
 
@@ -297,7 +311,15 @@ def _difference(path: str, a: Any, b: Any) -> str | None:
     layers = range(a.shape[0]) if "{L}" in native.flat_name(path) else [None]
     differs, worst = False, 0.0
     for layer in layers:
-        one, other = (np.asarray(x.read(layer), np.float32) for x in (a, b))
+        one, other = (np.ascontiguousarray(x.read(layer)) for x in (a, b))
+        if one.dtype == other.dtype and _same_bits(one, other):
+            continue
+        one, other = one.astype(np.float32), other.astype(np.float32)
         if not np.array_equal(one, other, equal_nan=True):
             differs, worst = True, np.fmax(worst, np.nanmax(np.abs(one - other), initial=0.0))
     return f"{path} differs by up to {worst:.3g}" if differs else None
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    bits = f"u{one.dtype.itemsize}"
+    return np.array_equal(one.view(bits), other.view(bits))
