@@ -24,7 +24,9 @@ from t2i_jax import cli
 SOURCE = flags.DEFINE_string("source", None, "import: a directory, or OWNER/NAME on the Hub.")
 OUT = flags.DEFINE_string("out", None, "import, export: the directory to make.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: a run, or a checkpoint in it.")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "export: averaged, or as trained.")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "ema", ["ema", "raw"], "Of a checkpoint: the averaged, or those as trained."
+)
 FORMAT = flags.DEFINE_enum(
     "format",
     "diffusers",
@@ -33,7 +35,7 @@ FORMAT = flags.DEFINE_enum(
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the written weights.")
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "import: a directory with tokenizer.json, where the source has none."
+    "tokenizer", None, "A directory with tokenizer.json, where the source has none."
 )
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "import: pixels a side that a published model was trained at; default 512."
@@ -47,20 +49,21 @@ def main(argv):
     command, *paths = argv[1:] or [""]
     wanted = {"import": [], "export": [], "inspect": ["DIR"], "check": ["A", "B"]}
     cli.check_command(command, paths, wanted)
+    averaged = WEIGHTS.value == "ema"
     if command == "import":
         cli.require(source=SOURCE.value, out=OUT.value)
-        model = convert.open_source(SOURCE.value, TOKENIZER.value, IMAGE_SIZE.value)
+        model = convert.open_source(SOURCE.value, TOKENIZER.value, image_size=IMAGE_SIZE.value)
         out = convert.write(model, OUT.value, "safetensors", DTYPE.value)
         print(f"{convert.describe(model)}\nimported to {out}")
     elif command == "export":
         cli.require(checkpoint=CHECKPOINT.value, out=OUT.value)
-        model = convert.open_model(CHECKPOINT.value, averaged=WEIGHTS.value == "ema")
+        model = convert.open_source(CHECKPOINT.value, TOKENIZER.value, averaged=averaged)
         out = convert.write(model, OUT.value, FORMAT.value, DTYPE.value)
         print(f"{convert.describe(model)}\nexported to {out} ({FORMAT.value}, {DTYPE.value})")
     elif command == "inspect":
-        print(convert.describe(convert.open_model(*paths)))
+        print(convert.describe(convert.open_model(*paths, averaged=averaged)))
     else:
-        found = convert.compare(*paths)
+        found = convert.compare(*paths, averaged=averaged)
         more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         print("\n".join([*found[:_SHOWN], *more]) or "The same model, tensor by tensor.")
         sys.exit(bool(found))

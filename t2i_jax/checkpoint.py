@@ -200,6 +200,8 @@ def tree_sources(path: epath.PathLike) -> dict[str, StoredArray]:
     keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     ends = "/.zarray"
     names = [k.decode().removesuffix(ends) for k in keys if k.decode().endswith(ends)]
+    if not names:
+        raise MissingError(f"There are no saved arrays in {path}.")
 
     def opened(name):
         place = {"driver": "ocdbt", "base": base, "path": name}

@@ -9,13 +9,10 @@ Any that is read can be written as any that can hold it (t2i_jax/interop/stored.
 one at a time.
 """
 
-import atexit
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import re
-import shutil
-import tempfile
 from typing import Any
 
 from etils import epath
@@ -28,8 +25,8 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, MissingError, UserError, users_files
 from t2i_jax.interop import autoencoder, clip, diffusers, llm, native, published, stored
 from t2i_jax.interop.directory import read_json
-from t2i_jax.interop.mapping import Source
-from t2i_jax.interop.stored import Files, Stored, prefixed
+from t2i_jax.interop.mapping import Source, check
+from t2i_jax.interop.stored import Files, Stored, expected_shapes, prefixed
 from t2i_jax.progress import Progress
 
 FORMATS: dict[str, Callable[[Stored, str], Files]] = {
@@ -37,7 +34,6 @@ FORMATS: dict[str, Callable[[Stored, str], Files]] = {
     "reference": published.files,
     "diffusers": diffusers.files,
 }
-DTYPES = ("float32", "bfloat16")
 _ELSEWHERE = "Known are checkpoints of a run, directories that launch/convert.py made, published "
 _ELSEWHERE += "pipelines, and directories of a language model, a VAE or a CLIP text encoder"
 
@@ -62,37 +58,47 @@ def open_model(
     directory = epath.Path(path)
     if not directory.exists():
         raise MissingError(f"{path}: no such directory.")
+    if not directory.is_dir():
+        raise MissingError(f"{path} is a file: name the directory that it is in.")
     with users_files():
-        if native.is_native(directory):
-            return native.open_native(directory)
-        if (directory / published.INDEX).is_file():
-            return _open_pipeline(directory, image_size)
-        if (directory / "config.json").is_file() and not (directory / "checkpoints").exists():
-            return _open_part(directory)
+        try:
+            model = _open(directory, averaged, image_size)
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            raise ConfigError(
+                f"{directory} cannot be read: what its JSON or its checkpoint says does not make "
+                f"sense ({type(error).__name__}: {error})."
+            ) from error
+    if not averaged and model.averaged:
+        raise ConfigError(f"{path} has the averaged weights alone, and no raw ones.")
+    return model
+
+
+def _open(directory: epath.Path, averaged: bool, image_size: int | None) -> Stored:
+    if native.is_native(directory):
+        return native.open_native(directory)
+    if (directory / published.INDEX).is_file():
+        return _open_pipeline(directory, image_size)
+    if (directory / "config.json").is_file() and not (directory / "checkpoints").exists():
+        return _open_part(directory)
     return _open_checkpoint(directory, averaged)
 
 
-def open_source(source: str, tokenizer: str | None = None, image_size: int | None = None) -> Stored:
-    """What is to be imported: a directory, or a repository of the Hugging Face Hub.
+def open_source(source: str, tokenizer: str | None = None, **options: Any) -> Stored:
+    """What is to be converted: a directory, or a repository of the Hugging Face Hub.
 
-    `tokenizer` is a directory to take the tokenizer from. Raises UserError as `open_model`, and
-    where a repository cannot be fetched or a model has no tokenizer that can be read here.
+    `tokenizer` is a directory to take the tokenizer from, `options` are as of `open_model`. Raises
+    UserError as that, and where a repository cannot be fetched or a model has no tokenizer that can
+    be read here.
     """
-    if not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        source = _fetch(source)
-    model = open_model(source, image_size=image_size)
+    fetched = not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    model = open_model(_fetch(source) if fetched else source, **options)
     if tokenizer:
         model = dataclasses.replace(model, tokenizer=epath.Path(tokenizer))
     if model.whole or tokenizer:
         try:
-            words = Tokenizer.load(model.tokenizer)
+            Tokenizer.load(model.tokenizer)
         except (FileNotFoundError, ValueError) as error:
             raise MissingError(f"{error} Or name one by --tokenizer=DIR.") from error
-        if not _has_tokenizer(model.tokenizer):  # a sentencepiece model, which is not kept
-            folder = epath.Path(tempfile.mkdtemp())
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            words.save(folder)
-            model = dataclasses.replace(model, tokenizer=folder)
     return model
 
 
@@ -175,14 +181,19 @@ def _open_checkpoint(path: epath.Path, averaged: bool) -> Stored:
         config = saved.config(step)
         weights = saved.sources(step, "ema" if averaged else "params")
     parts = frozen.open_parts(config, workdir)
+    weights |= parts.weights
+    names = ["dit", *(["autoencoder"] if parts.network else []), "clip"]
+    expected = expected_shapes(config, parts.network, names[: 3 if config.dit.pooled_width else -1])
+    check(f"{path} (step {step})", weights, expected)
     config = ConfigDict(config)  # the paths are of this machine
     with config.unlocked():
         native.point_here(config)
+        config.data.path = "::".join(epath.Path(p).name for p in config.data.path.split("::"))
     return Stored(
         where=path,
         layout="checkpoint",
         config=config.lock(),
-        weights={**weights, **parts.weights},
+        weights=weights,
         autoencoder=parts.network,
         tokenizer=parts.tokenizer,
         clip_tokenizer=parts.clip_tokenizer,
@@ -263,9 +274,9 @@ def _architecture(config: Any) -> Iterator[tuple[str, str]]:
     yield "", f"DiT {c.dit.num_layers} x {c.dit.width}, LLM {c.llm.num_layers} x {c.llm.width}"
 
 
-def compare(a: epath.PathLike, b: epath.PathLike) -> list[str]:
-    """`differences` of two directories, with a progress bar."""
-    one, other = open_model(a), open_model(b)
+def compare(a: epath.PathLike, b: epath.PathLike, **options: Any) -> list[str]:
+    """`differences` of two directories, with a progress bar; `options` as of `open_model`."""
+    one, other = open_model(a, **options), open_model(b, **options)
     done, total = 0, sum(_millions(source) for source in one.weights.values())
     with Progress(total, name="comparing", unit="M numbers") as bar, users_files():
 
@@ -275,6 +286,16 @@ def compare(a: epath.PathLike, b: epath.PathLike) -> list[str]:
             bar.update(done)
 
         return differences(one, other, advance)
+
+
+# What of the section `data` a drawing depends on.
+_OF_PROMPTS = (
+    "instruction",
+    "chat_template",
+    "add_generation_prompt",
+    "max_text_tokens",
+    "image_size",
+)
 
 
 def _millions(source: Source) -> int:
@@ -290,12 +311,14 @@ def differences(
     """
     lines = [f"{p} is in {a.where} alone" for p in a.weights if p not in b.weights]
     lines += [f"{p} is in {b.where} alone" for p in b.weights if p not in a.weights]
-    for name in ("llm", "memory", "dit", "autoencoder", "clip"):
+    for name in ("llm", "memory", "dit", "autoencoder", "clip", "flow", "data"):
         one, other = (dict(m.config.get(name, {})) for m in (a, b))
         lines += [
             f"{name}.{key} = {one[key]!r} and {other[key]!r}"
-            for key in one.keys() & other.keys()
-            if one[key] != other[key] and key not in ("unroll", "remat", "tile")
+            for key in sorted(one.keys() & other.keys())
+            if one[key] != other[key]
+            and key not in ("unroll", "remat", "tile", "query_scalar", "time_mean", "time_std")
+            and (name != "data" or key in _OF_PROMPTS)
         ]
     for path in (path for path in a.weights if path in b.weights):
         if line := _difference(path, a.weights[path], b.weights[path]):
@@ -311,13 +334,18 @@ def _difference(path: str, a: Any, b: Any) -> str | None:
     layers = range(a.shape[0]) if "{L}" in native.flat_name(path) else [None]
     differs, worst = False, 0.0
     for layer in layers:
-        one, other = (np.ascontiguousarray(x.read(layer)) for x in (a, b))
-        if one.dtype == other.dtype and _same_bits(one, other):
-            continue
-        one, other = one.astype(np.float32), other.astype(np.float32)
-        if not np.array_equal(one, other, equal_nan=True):
-            differs, worst = True, np.fmax(worst, np.nanmax(np.abs(one - other), initial=0.0))
+        one, other = (np.ascontiguousarray(x.read(layer)).reshape(-1) for x in (a, b))
+        for i in range(0, one.size, _BLOCK):  # in float32 a bfloat16 embedding is twice itself
+            part = one[i : i + _BLOCK], other[i : i + _BLOCK]
+            if part[0].dtype == part[1].dtype and _same_bits(*part):
+                continue
+            x, y = (p.astype(np.float32) for p in part)
+            if not np.array_equal(x, y, equal_nan=True):
+                differs, worst = True, np.fmax(worst, np.nanmax(np.abs(x - y), initial=0.0))
     return f"{path} differs by up to {worst:.3g}" if differs else None
+
+
+_BLOCK = 1 << 24  # elements
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:

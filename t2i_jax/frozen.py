@@ -27,7 +27,7 @@ from t2i_jax.interop import native
 from t2i_jax.interop.autoencoder import open_autoencoder
 from t2i_jax.interop.clip import open_clip
 from t2i_jax.interop.directory import check_fields, fetch_command, find_weights
-from t2i_jax.interop.llm import open_llm
+from t2i_jax.interop.llm import open_llm, same_scale
 from t2i_jax.interop.mapping import Mapped, Source, materialise
 from t2i_jax.interop.stored import of_part, prefixed
 from t2i_jax.models.autoencoder import Autoencoder, AutoencoderKL
@@ -132,8 +132,9 @@ def _open(config: ConfigDict, part: str) -> tuple[dict[str, Source], Any]:
             for key, value in section.items()
             if key in theirs and key not in _NOT_OF_THE_FILES
             if not (key in _AT_MOST and value <= theirs[key])
+            if not (key == "query_scalar" and same_scale(section, theirs))
         ]
-        check_fields(epath.Path(path) / native.CARD, rows)
+        check_fields(epath.Path(path), rows, native.CARD)
         found = stored.part(part)
         if part == "llm":
             found = {p: _first_layers(source, section.num_layers) for p, source in found.items()}
@@ -202,7 +203,8 @@ def make_prompts(
     config: ConfigDict, tokenizer: epath.Path, clip_tokenizer: epath.Path | None
 ) -> Prompts:
     """What makes tokens of captions. Raises ConfigError where config and tokenizer disagree."""
-    words = Tokenizer.load(tokenizer)
+    with users_files():
+        words = Tokenizer.load(tokenizer)
     if words.vocab_size > config.llm.vocab_size:
         raise ConfigError(
             f"The tokenizer in {tokenizer} has {words.vocab_size} tokens, "

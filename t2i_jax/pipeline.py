@@ -53,7 +53,7 @@ class Pipeline(NamedTuple):
         saying what is there.
         """
         if convert.is_converted(path):
-            return cls._of(convert.open_model(path))
+            return cls._of(convert.open_model(path, averaged=weights == "ema"))
         workdir, step = checkpoint.find(path)
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)

@@ -30,14 +30,18 @@ WORDS = ["a", "red", "blue", "green", "ring", "square", "above", "below", "two",
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
-def config(name):
-    """The config of this name with small sizes, its choices as they are."""
+def config(name, **changes):
+    """The config of this name with small sizes, its choices as they are.
+
+    `changes` by key, '.' written '__'.
+    """
     c = configs.load(str(FOLDER / f"{name}.py")).unlock()
     extra = c.llm.num_layers - c.dit.num_layers
     wide = c.dit.width == c.llm.width
     c.llm.update(vocab_size=64, width=32, num_layers=3 + (extra > 0), mlp_width=48)
     c.llm.update(num_heads=4, num_kv_heads=min(c.llm.num_kv_heads, 2), head_width=16)
-    c.llm.query_scalar = 16.0 if c.llm.query_scalar else 0.0
+    if c.llm.softcap:  # so strong that it shows where they are used, and where not
+        c.llm.update(query_scalar=4.0, softcap=0.5)
     c.dit.update(width=32 if wide else 24, num_layers=3, mlp_width=48)
     if c.memory.source == "middle":
         c.memory.first_layer = 1
@@ -52,6 +56,7 @@ def config(name):
     c.train.update(dtype="float32", frozen_dtype="float32")
     c.sampling.update(steps=4, guidance=3.0, prompts=("a red ring",))
     native.point_here(c)
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     configs.validate(c, configs.base())
     return c.lock()
 
@@ -92,9 +97,9 @@ def weights(config, seed=0):
     return {p: one(p, s) for p, s in expected_shapes(config, VAE, parts).items()}
 
 
-def model(name, folder, seed=0):
-    """A whole model of a configuration; its tokenizers are written to `folder`."""
-    c = config(name)
+def model(name, folder, seed=0, **changes):
+    """A whole model of `config(name, **changes)`; its tokenizers are written to `folder`."""
+    c = config(name, **changes)
     write_tokenizer(folder / "tokenizer", bos=name != "fusion_qwen3")
     clip = folder / "clip_tokenizer" if c.dit.pooled_width else None
     if clip:

@@ -13,6 +13,7 @@ layer, and torch's axes.
 from collections.abc import Iterable
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 from etils import epath
@@ -27,16 +28,10 @@ from t2i_jax.interop.stored import (
     Weights,
     expected_shapes,
     prefixed,
-    tokenizer_files,
 )
 
 CLASS = ["fused_pipeline", "FusedPipeline"]
 _TRANSFORMER = ["fused_transformer", "FusedTransformer"]
-_CODE = {  # file of torch_runtime -> folder
-    "fused_pipeline.py": "",
-    "fused_transformer.py": "transformer/",
-    "fused_layers.py": "transformer/",
-}
 _STEM = "diffusion_pytorch_model"
 _SECTIONS = ("llm", "memory", "dit")
 
@@ -97,7 +92,7 @@ def files(stored: Stored, dtype: str) -> Files:
         "_class_name": CLASS,
         "_diffusers_version": published.VERSION,
         "scheduler": ["diffusers", published.SCHEDULER],
-        "tokenizer": ["transformers", _tokenizer_class(stored.tokenizer)],
+        "tokenizer": ["transformers", published.TOKENIZER],
         "transformer": _TRANSFORMER,
         "vae": [None, None],
         "clip": [None, None],
@@ -114,22 +109,29 @@ def files(stored: Stored, dtype: str) -> Files:
     if config.dit.pooled_width:
         published.add_clip(stored, "clip", weights, texts)
         index["clip"] = ["transformers", "CLIPTextModelWithProjection"]
-        index["clip_tokenizer"] = ["transformers", _tokenizer_class(stored.clip_tokenizer)]
+        index["clip_tokenizer"] = ["transformers", published.TOKENIZER]
     texts = {name: json.dumps(content, indent=2) for name, content in texts.items()}
     texts[published.INDEX] = json.dumps(index, indent=2)
-    runtime = Path(__file__).parent / "torch_runtime"
-    texts |= {folder + file: (runtime / file).read_text() for file, folder in _CODE.items()}
-    copies = tokenizer_files(stored.tokenizer, "tokenizer")
-    copies |= tokenizer_files(stored.clip_tokenizer, "clip_tokenizer")
+    texts |= _code()
     texts |= {native.CARD: native.card(stored), "README.md": native.readme(stored)}
-    return Files(weights, texts, copies)
+    return Files(weights, texts, native.tokenizers(stored))
 
 
-def _tokenizer_class(tokenizer: epath.Path) -> str:
-    """The class that reads any tokenizer.json; where there is none, the tokenizer's own."""
-    if (tokenizer / "tokenizer.json").is_file():
-        return "PreTrainedTokenizerFast"
-    return native.tokenizer_class(tokenizer).removesuffix("Fast")
+def _code() -> dict[str, str]:
+    """File -> the code that a pipeline brings.
+
+    The layers go into the file of the transformer: diffusers fetches from the Hub no other file of
+    a component's than that of its class.
+    """
+    runtime = Path(__file__).parent / "torch_runtime"
+    names = ("fused_pipeline", "fused_transformer", "fused_layers")
+    pipeline, transformer, layers = ((runtime / f"{name}.py").read_text() for name in names)
+    whole, count = re.subn(
+        r"from \.fused_layers import \([^)]*\)\n", lambda _: layers, transformer, count=1
+    )
+    if count != 1:
+        raise AssertionError("fused_transformer.py does not import fused_layers as it should.")
+    return {"fused_pipeline.py": pipeline, "transformer/fused_transformer.py": whole}
 
 
 def _call_defaults(config: Any) -> dict[str, Any]:

@@ -145,7 +145,9 @@ def shapes_of(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[int, ..
     return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 
 
-def check_fields(directory: epath.Path, fields: Iterable[tuple[str, Any, str, Any]]) -> None:
+def check_fields(
+    directory: epath.Path, fields: Iterable[tuple[str, Any, str, Any]], file: str = "config.json"
+) -> None:
     """Raises ValueError naming every (our field, value, their field, value) that disagrees."""
 
     def same(a, b):
@@ -154,6 +156,6 @@ def check_fields(directory: epath.Path, fields: Iterable[tuple[str, Any, str, An
     wrong = [f"{o} is {a!r}, {t} {b!r}" for o, a, t, b in fields if not same(a, b)]
     if wrong:
         raise ValueError(
-            f"The config and {directory / 'config.json'} disagree: {'; '.join(wrong)}. Set the "
+            f"The config and {directory / file} disagree: {'; '.join(wrong)}. Set the "
             "config to what the weights are, or name the directory of others."
         )

@@ -233,15 +233,21 @@ def config_json(llm: Mapping[str, Any]) -> dict[str, Any]:
         if theirs.get("query_pre_attn_scalar", 0) is None:
             theirs["query_pre_attn_scalar"] = llm["head_width"]
         made = section(theirs)
-        other[kind] = [f"{k} = {llm[k]!r}" for k in made if _value(made, k) != _value(llm, k)]
+        other[kind] = [
+            f"{key} = {llm[key]!r}"
+            for key, value in made.items()
+            if value != llm[key] and not (key == "query_scalar" and same_scale(made, llm))
+        ]
         if not other[kind]:
             return theirs
     nearest = min(other, key=lambda kind: len(other[kind]))
     raise ValueError(f"No {nearest} language model has {', '.join(other[nearest])}.")
 
 
-def _value(llm: Mapping[str, Any], key: str) -> Any:
-    return llm[key] or llm["head_width"] if key == "query_scalar" else llm[key]
+def same_scale(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether the scores of two sections `llm` are scaled alike; 0 is the head's width."""
+    one, other = ((llm["query_scalar"] or llm["head_width"]) for llm in (a, b))
+    return one == other
 
 
 def rules(theirs: Mapping[str, Any]) -> tuple[Rule, ...]:

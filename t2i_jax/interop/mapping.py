@@ -108,7 +108,7 @@ def sources(
         for ours, shape in shapes.items()
         for name in names_of(rules[ours], shape)
     }
-    _check(where, tensors, expected, unused)
+    check(where, tensors, expected, unused)
     return {
         ours: Mapped(rules[ours], shape, tuple(tensors[n] for n in names_of(rules[ours], shape)))
         for ours, shape in shapes.items()
@@ -171,7 +171,12 @@ def _to_ours(x: np.ndarray, layout: str, shape) -> np.ndarray:
     return _permuted(split, [letters.index(letter) for letter in ours])
 
 
-def _check(source, tensors, expected, unused) -> None:
+def check(
+    source: Any,
+    tensors: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+    unused: Collection[str] = (),
+) -> None:
     """Raises ValueError naming what is missing, left over or of another shape."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and name not in unused]

@@ -26,7 +26,6 @@ from t2i_jax.interop.stored import (
     Stored,
     Weights,
     expected_shapes,
-    tokenizer_files,
 )
 
 CARD = "t2i_jax.json"
@@ -103,7 +102,7 @@ library_name: diffusers
 
 A text-to-image model: a diffusion transformer fused with a frozen language model ("Exploring the
 Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image Synthesis",
-arXiv 2505.10046), trained with t2i_jax. These are {weights} after {step} steps.
+arXiv 2505.10046), in the form of t2i_jax. These are {weights} after {step} steps.
 
 - {source} source of the text, {attention} attention
 - positions: {positions}; conditioning on the time: {conditioning}
@@ -150,8 +149,10 @@ def open_native(path: epath.PathLike) -> Stored:
         net = autoencoder.network(directory / CARD, content.get("autoencoder"))
     shapes = expected_shapes(config, net, parts)
     tensors = safetensors.open_tensors(find_files(directory))
-    tokenizers = {name: directory / name for name in (TOKENIZER, CLIP_TOKENIZER)}
-    there = {name: path if path.is_dir() else None for name, path in tokenizers.items()}
+    there = {name: directory / name for name in (TOKENIZER, CLIP_TOKENIZER)}
+    there = {name: path if path.is_dir() else None for name, path in there.items()}
+    if "dit" in parts and there[TOKENIZER] is None:
+        raise FileNotFoundError(f"{directory} has no folder {TOKENIZER}/.")
     return Stored(
         where=directory,
         layout="t2i_jax weights",
@@ -178,14 +179,6 @@ def point_here(config: ConfigDict) -> None:
     config.weights.start = ""
 
 
-def tokenizer_class(tokenizer: epath.Path) -> str:
-    """The class of transformers that reads a tokenizer's directory, from tokenizer.json."""
-    file = tokenizer / "tokenizer_config.json"
-    name = read_json(file).get("tokenizer_class") if file.is_file() else None
-    name = name if isinstance(name, str) else "PreTrainedTokenizerFast"
-    return name if name.endswith("Fast") else f"{name}Fast"
-
-
 def whole_config(content: Mapping[str, Any], file: Any) -> ConfigDict:
     """The config of a card. Raises ValueError where it is not one of this version."""
     config = configs.from_json(json.dumps(content["config"]))
@@ -204,6 +197,9 @@ def files(stored: Stored) -> Files:
     """The directory of a model, or of a part of one."""
     shapes = {path: stored.weights[path].shape for path in sorted(stored.weights)}
     weights = Weights("", "model", mapping.entries(stored.weights, rules(shapes)))
-    copies = tokenizer_files(stored.tokenizer, TOKENIZER)
-    copies |= tokenizer_files(stored.clip_tokenizer, CLIP_TOKENIZER)
-    return Files([weights], {CARD: card(stored)}, copies)
+    return Files([weights], {CARD: card(stored)}, tokenizers(stored))
+
+
+def tokenizers(stored: Stored) -> dict[str, epath.Path | None]:
+    """Where the tokenizers go in a directory of ours, and where they come from."""
+    return {TOKENIZER: stored.tokenizer, CLIP_TOKENIZER: stored.clip_tokenizer}

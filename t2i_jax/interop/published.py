@@ -21,13 +21,14 @@ from t2i_jax import config as configs
 from t2i_jax.interop import autoencoder, clip, llm, mapping, native, reference, safetensors
 from t2i_jax.interop.directory import find, read_json
 from t2i_jax.interop.reference_config import config_json, sections
-from t2i_jax.interop.stored import Files, Stored, Weights, prefixed, tokenizer_files
+from t2i_jax.interop.stored import Files, Stored, Weights, prefixed
 
 INDEX = "model_index.json"
 _FUSED, _WITH_CLIP, _BASELINE = "FuseDiTPipeline", "FuseDiTPipelineWithCLIP", "DiTPipeline"
 PIPELINES = (_FUSED, _WITH_CLIP, _BASELINE)
 VERSION = "0.32.0"  # of diffusers, which the published code was written for
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TOKENIZER = "PreTrainedTokenizerFast"  # reads any tokenizer.json
 
 
 def open_pipeline(path: epath.PathLike, image_size: int | None = None) -> Stored:
@@ -79,6 +80,11 @@ def _config(directory, found: dict[str, Any], card: dict, image_size: int | None
         raise ValueError(f"{directory}: transformer/ has {channels} channels, vae/ has {latents}.")
     if card:
         config = native.whole_config(card, directory / native.CARD)
+        if image_size not in (None, config.data.image_size):
+            raise ValueError(
+                f"{directory / native.CARD} says that the model was trained at "
+                f"{config.data.image_size} pixels, not {image_size}."
+            )
         wrong = [
             f"{name}.{key} is {value!r}, in {native.CARD} {config[name][key]!r}"
             for name, section in found.items()
@@ -126,7 +132,7 @@ def files(stored: Stored, dtype: str) -> Files:
         "_class_name": kind,
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", SCHEDULER],
-        "tokenizer": ["transformers", native.tokenizer_class(stored.tokenizer)],
+        "tokenizer": ["transformers", TOKENIZER],
         "transformer": ["diffusion.models", theirs["model_type"]],
         "vae": ["diffusers", "AutoencoderKL"],
     }
@@ -144,13 +150,11 @@ def files(stored: Stored, dtype: str) -> Files:
     if with_clip:
         add_clip(stored, "clip", weights, texts)
         index["clip"] = ["transformers", "CLIPTextModelWithProjection"]
-        index["clip_tokenizer"] = ["transformers", "CLIPTokenizer"]
+        index["clip_tokenizer"] = ["transformers", TOKENIZER]
     texts[INDEX] = dict(sorted(index.items()))
-    copies = tokenizer_files(stored.tokenizer, "tokenizer")
-    copies |= tokenizer_files(stored.clip_tokenizer, "clip_tokenizer")
     texts = {name: json.dumps(content, indent=2) for name, content in texts.items()}
     texts |= {native.CARD: native.card(stored), "README.md": native.readme(stored)}
-    return Files(weights, texts, copies)
+    return Files(weights, texts, native.tokenizers(stored))
 
 
 def scheduler(config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import uuid
 from etils import epath
 import jax.numpy as jnp
 
+from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.interop import autoencoder, clip, llm, reference, safetensors
 from t2i_jax.interop.mapping import Source
@@ -23,15 +24,6 @@ from t2i_jax.models.llm import from_config
 
 PARTS = ("dit", "memory", "llm", "autoencoder", "clip")  # first words of our parameters' paths
 WEIGHTS_LIMIT = 2_000_000_000  # bytes of one file of weights
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,29 +109,19 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """A directory that is to be written: weights, texts, and copies of small files."""
+    """A directory that is to be written: weights, texts, and tokenizers.
+
+    A tokenizer is written as it is read here, special tokens and all, as a tokenizer.json.
+    """
 
     weights: list[Weights]
     texts: Mapping[str, str]  # path in the directory -> content
-    copies: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)
+    tokenizers: Mapping[str, epath.Path | None]  # folder -> where it is read from; None: none
 
     def size(self, dtype: str) -> int:
         """Bytes of the weights."""
         kind = jnp.dtype(dtype)
         return sum(entry.size(kind) for part in self.weights for entry in part.entries)
-
-
-def tokenizer_files(source: epath.Path | None, folder: str) -> dict[str, epath.Path]:
-    """The files of a tokenizer, to be copied into `folder`; none of None.
-
-    Raises FileNotFoundError where there is none.
-    """
-    if source is None:
-        return {}
-    there = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if not there:
-        raise FileNotFoundError(f"There is no tokenizer in {source}.")
-    return {f"{folder}/{name}": source / name for name in there}
 
 
 def write(
@@ -158,11 +140,12 @@ def write(
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
-        _make_folders(temporary, [*files.texts, *files.copies])
         for name, text in files.texts.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text)
-        for name, source in files.copies.items():
-            (temporary / name).write_bytes(source.read_bytes())
+        for folder, source in files.tokenizers.items():
+            if source is not None:
+                Tokenizer.load(source).save(temporary / folder)
         for part in files.weights:
             (temporary / part.folder).mkdir(parents=True, exist_ok=True)
             safetensors.write(
@@ -185,8 +168,3 @@ def free(out: epath.Path) -> None:
     """Raises ConfigError where there is something at `out`."""
     if out.exists():
         raise ConfigError(f"{out} is there already; nothing is replaced: name another --out.")
-
-
-def _make_folders(root: epath.Path, names: Iterable[str]) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)

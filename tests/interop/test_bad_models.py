@@ -146,6 +146,21 @@ def test_configs_of_other_models(broken, changes, message):
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("transformer/config.json", {"patch_size": 0}),
+        ("transformer/config.json", {"patch_size": None}),
+        ("scheduler/scheduler_config.json", {"shift": None}),
+        ("vae/config.json", {"norm_num_groups": None}),
+    ],
+)
+def test_numbers_that_are_none(broken, file, changes):
+    folder = broken("reference")
+    edit(folder / file, **changes)
+    refused(folder, "does not make sense|must be positive|disagree")
+
+
 def test_a_card_that_disagrees_with_the_weights(broken):
     folder = broken("reference")
     edit(folder / "vae" / "config.json", scaling_factor=2.0)
@@ -160,6 +175,7 @@ def test_a_card_that_disagrees_with_the_weights(broken):
         ({"parts": None}, "parts are None"),
         ({"config": {"name": "x"}}, "is missing"),
         ({"autoencoder": {"block_out_channels": [0]}}, "must be positive whole numbers"),
+        ({"parts": ["llm"], "config": {}}, "does not make sense"),
     ],
 )
 def test_cards_that_are_none(broken, changes, message):
@@ -199,6 +215,7 @@ def test_directories_that_are_no_model(made, tmp_path):
     refused(epath.Path(tmp_path / "sd3"), "StableDiffusion3Pipeline, no pipeline of this.*sd3/vae")
     refused(epath.Path(tmp_path / "bert"), "is a 'bert'. Known are")
     refused(epath.Path(tmp_path / "nothing"), "nothing: no such directory")
+    refused(made / "safetensors" / "model.safetensors", "is a file: name the directory")
 
 
 def test_parts_are_imported_and_used(made, tmp_path):

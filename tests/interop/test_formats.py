@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from t2i_jax import convert, parity
-from t2i_jax.errors import ConfigError
+from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.interop import native, reference_config, stored
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import loop
@@ -173,6 +173,8 @@ def test_a_checkpoint_is_exported_and_draws_the_same(tmp_path, trained):
         again = convert.open_model(out)
         assert again.step == 4 and again.averaged and again.config.weights.llm == "."
         assert str(tmp_path) not in (out / native.CARD).read_text()
+    with pytest.raises(ConfigError, match="has the averaged weights alone"):
+        convert.open_model(out, averaged=False)
     raw = convert.open_model(trained, averaged=False)
     found = convert.differences(raw, model)
     assert found and all(line.startswith("dit/") for line in found)
@@ -180,6 +182,25 @@ def test_a_checkpoint_is_exported_and_draws_the_same(tmp_path, trained):
         convert.write(model, tmp_path / "reference", "reference", "float32")
     text = convert.describe(model)
     assert "step 4, weights EMA" in text and "checkpoint in" in text and "float32" in text
+
+
+def test_an_incomplete_run_is_not_exported(tmp_path, trained):
+    for part, message in (
+        ("llm", "There are no saved arrays in .*llm"),
+        ("checkpoints/4/ema", "There are no saved arrays in .*ema"),
+        ("checkpoints/4/meta", "cannot be read"),
+    ):
+        run = tmp_path / part.replace("/", "_")
+        shutil.copytree(trained, run)
+        shutil.rmtree(run / part)
+        with pytest.raises(UserError, match=message):
+            convert.open_model(run)
+    run = tmp_path / "other"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "llm")
+    shutil.copytree(run / "checkpoints" / "4" / "ema", run / "llm")
+    with pytest.raises(UserError, match=r"holds another network\..*missing: llm/.*not known: llm/"):
+        convert.open_model(run)
 
 
 def test_training_starts_from_a_model(tmp_path, trained):

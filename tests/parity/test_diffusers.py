@@ -45,9 +45,20 @@ def draw(pipe, latents, **options):
     return np.round(255 * images).astype(int)
 
 
-@pytest.mark.parametrize("name", toys.STRUCTURES)
-def test_every_configuration(tmp_path, name):
-    model = toys.model(name, tmp_path / "source")
+FURTHER = [  # choices that no config of the study makes
+    ("fusion_2b_gemma2", {"llm__softcap_shared": True}),
+    ("ablations/cross_attention", {"llm__softcap_shared": True, "llm__softcap": 0.5}),
+    ("fusion_2b", {"dit__prediction": "data", "flow__shift": 1.0, "flow__num_timesteps": 500}),
+    ("ablations/clip_mod", {"data__instruction": "a small ", "data__max_text_tokens": 4}),
+    ("ablations/gemma_2", {"data__image_size": 80}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, changes", [*((name, {}) for name in toys.STRUCTURES), *FURTHER], ids=str
+)
+def test_every_configuration(tmp_path, name, changes):
+    model = toys.model(name, tmp_path / "source", **changes)
     folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
     ours, pipe = Pipeline.load(folder), in_torch(folder)
     ids, mask = pipe.tokenize([*PROMPTS, ""])
@@ -72,7 +83,12 @@ def test_the_pipeline_in_torch(tmp_path):
         drawn = draw(pipe, latents, guidance_scale=options["guidance"], **theirs)
         assert np.abs(drawn - ours.draw(PROMPTS, seed=0, **options)).max() <= 1
     default = draw(pipe, latents)
-    assert np.abs(default - draw(pipe, latents, negative_prompt="two blue ring")).max() > 1
+    other = draw(pipe, latents, negative_prompt="two blue ring")
+    assert np.abs(default - other).max() > 1
+    each = draw(pipe, latents, negative_prompt=["two blue ring", "", "two blue ring"])
+    assert np.abs(each - np.where([[[[True]]], [[[False]]], [[[True]]]], other, default)).max() <= 1
+    with pytest.raises(ValueError, match="2 negative prompts for 3 images"):
+        draw(pipe, latents, negative_prompt=["a", "b"])
 
     calls = []
 
@@ -123,7 +139,11 @@ def test_a_model_of_pixels(tmp_path, trained):
 
 
 def test_the_code_is_run_only_where_it_is_trusted(tmp_path):
+    """And it is where diffusers fetches it from a repository: one file a component."""
     model = toys.model("fusion_2b", tmp_path / "source")
     folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
+    code = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.py")}
+    assert code == {"fused_pipeline.py", "transformer/fused_transformer.py"}
+    assert "from ." not in (folder / "transformer" / "fused_transformer.py").read_text()
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(str(folder))

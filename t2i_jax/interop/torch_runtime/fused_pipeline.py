@@ -95,6 +95,10 @@ class FusedPipeline(DiffusionPipeline):
         rows = (self.tokenizer.apply_chat_template(turn, **options) for turn in turns)
         return [list(row)[:length] for row in rows]
 
+    def _padded(self, t, rows, length):
+        pad = next(i for i in (t.pad_token_id, t.eos_token_id, t.bos_token_id) if i is not None)
+        return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+
     def tokenize(self, prompts):
         """Ids (B, T) and mask (B, T); '' stays '', others come after the instruction."""
         c, t = self.config, self.tokenizer
@@ -103,8 +107,7 @@ class FusedPipeline(DiffusionPipeline):
         spoken = iter(self._prompt_rows([c.instruction + p for p in prompts if p], length))
         (silent,) = self._rows(t, [""], length)
         rows = [next(spoken) if p else silent for p in prompts]
-        pad = next(i for i in (t.pad_token_id, t.eos_token_id, t.bos_token_id) if i is not None)
-        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+        ids = self._padded(t, rows, length)
         lengths = torch.tensor([max(len(row), 1) for row in rows])
         return ids, torch.arange(length) < lengths[:, None]
 
@@ -117,8 +120,7 @@ class FusedPipeline(DiffusionPipeline):
             length = self.config.max_clip_tokens
             texts = [self.config.instruction + p if p else "" for p in prompts]
             rows = self._rows(self.clip_tokenizer, texts, length)
-            pad = self.clip_tokenizer.pad_token_id
-            clip_ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+            clip_ids = self._padded(self.clip_tokenizer, rows, length)
             pooled = self.clip(clip_ids.to(device)).text_embeds
         return self.transformer.encode_text(ids, mask, pooled)
 
@@ -141,7 +143,7 @@ class FusedPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs=("latents",),
         return_dict=True,
     ):
-        """Images of a prompt or a list of them.
+        """Images of a prompt or a list of them; of negative prompts one, or one for each.
 
         `latents` (B, C, height / downsample, width / downsample) are the initial noise; drawn with
         `generator` where they are not given. `output_type` is 'pil', 'np', 'pt' or 'latent'.
@@ -156,7 +158,7 @@ class FusedPipeline(DiffusionPipeline):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         memory = self.encode_prompt(prompts)
         if scale != 1:
-            memory = self.encode_prompt([negative_prompt]).repeat(len(prompts)).join(memory)
+            memory = self._negative(negative_prompt, len(prompts)).join(memory)
 
         device = self._execution_device
         shape = (len(prompts), self.transformer.config.channels)
@@ -185,6 +187,14 @@ class FusedPipeline(DiffusionPipeline):
             latents = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=latents) if return_dict else (latents,)
+
+    def _negative(self, prompt, count):
+        """What the image tokens see of one negative prompt, or of one for each of the prompts."""
+        if prompt is None or isinstance(prompt, str):
+            return self.encode_prompt([prompt or ""]).repeat(count)
+        if len(prompt) == 0 or count % len(prompt):
+            raise ValueError(f"{len(prompt)} negative prompts for {count} images.")
+        return self.encode_prompt([p for p in prompt for _ in range(count // len(prompt))])
 
     def decode(self, latents):
         """Images (B, 3, H, W) about [-1, 1] of latents."""

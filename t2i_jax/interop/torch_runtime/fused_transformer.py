@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -178,14 +179,20 @@ class Selected(nn.Module):
 # --- the diffusion transformer ---
 
 
+class Linear32(nn.Linear):
+    """A linear layer that is computed in float32, whatever its weights are stored in."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Embedding(nn.Module):
     def __init__(self, size, width):
         super().__init__()
-        self.hidden, self.out = nn.Linear(size, width), nn.Linear(width, width)
+        self.hidden, self.out = Linear32(size, width), Linear32(width, width)
 
     def forward(self, x):
-        hidden = F.linear(x.float(), self.hidden.weight.float(), self.hidden.bias.float())
-        return F.linear(F.silu(hidden), self.out.weight.float(), self.out.bias.float())
+        return self.out(F.silu(self.hidden(x)))
 
 
 class TimeEmbedding(nn.Module):
@@ -213,13 +220,12 @@ class Modulation(nn.Module):
         if table:
             self.table = nn.Parameter(torch.zeros(count * width))
         else:
-            self.linear = nn.Linear(width, count * width)
+            self.linear = Linear32(width, count * width)
 
     def forward(self, x):
         if hasattr(self, "table"):
             return x + self.table.float().unflatten(0, (self.count, -1))
-        weight, bias = self.linear.weight.float(), self.linear.bias.float()
-        return F.linear(F.silu(x), weight, bias).unflatten(-1, (self.count, -1))
+        return self.linear(F.silu(x)).unflatten(-1, (self.count, -1))
 
 
 class DiTBlock(nn.Module):
@@ -380,6 +386,7 @@ class FusedTransformer(ModelMixin, ConfigMixin):
         # Text keys carry positions where they stand in one softmax with the image's.
         self.turned = dit["attention"] == "joint" and source != "shallow"
 
+    @apply_forward_hook  # which brings the weights to where they are computed, if they are away
     def encode_text(self, ids, mask, pooled=None):
         """(B, T) right-padded ids and boolean mask, and CLIP's embedding or None -> Memory."""
         read, hidden = self.llm(ids, mask)
