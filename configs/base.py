@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
     config.clip.num_heads = 12
     config.clip.mlp_width = 3072
     config.clip.max_tokens = 77  # captions are cut and padded to it, BOS and EOS included
-    config.clip.projection_width = 768  # of the embedding: dit.pooled_width
+    config.clip.projection_width = 768  # of the embedding: dit.pooled_width; 0 = none, its width
     config.clip.activation = "quick_gelu"  # 'quick_gelu' | 'gelu'
     config.clip.eos_id = 2  # token whose state is the embedding; 2 = the largest id of the prompt
     config.clip.norm_eps = 1e-5  # LayerNorm epsilon

@@ -90,7 +90,7 @@ def open_source(source: str, tokenizer: str | None = None, **options: Any) -> St
     UserError as that, and where a repository cannot be fetched or a model has no tokenizer that can
     be read here.
     """
-    fetched = not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    fetched = not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", source)
     model = open_model(_fetch(source) if fetched else source, **options)
     if tokenizer:
         model = dataclasses.replace(model, tokenizer=epath.Path(tokenizer))
@@ -103,21 +103,42 @@ def open_source(source: str, tokenizer: str | None = None, **options: Any) -> St
 
 
 def _fetch(name: str) -> str:
-    """The directory in the Hub's cache of a repository's weights, JSON and tokenizers."""
+    """The directory in the Hub's cache of a repository, or of a folder of one, that is a model.
+
+    Its JSON comes first, and of its weights what that asks for.
+    """
+    owner, repository, *folders = name.split("/")
+    inside = "".join(f"{folder}/" for folder in folders)
+    root = _snapshot(f"{owner}/{repository}", [f"{inside}*.json"])
+    if not (epath.Path(root) / inside / published.INDEX).is_file():
+        _snapshot(f"{owner}/{repository}", [inside + pattern for pattern in _OF_A_PART])
+        return str(epath.Path(root) / inside)
+    kind = read_json(epath.Path(root) / inside / published.INDEX).get("_class_name")
+    if kind not in published.PIPELINES and kind != diffusers.CLASS:
+        raise ConfigError(
+            f"{name} is a {kind}, no pipeline of this family. Of its parts, name one: {name}/vae"
+        )
+    wanted = [f"{part}/{file}" for part in published.FOLDERS for file in _OF_A_PART]
+    _snapshot(f"{owner}/{repository}", [inside + pattern for pattern in wanted])
+    return str(epath.Path(root) / inside)
+
+
+def _snapshot(repository: str, patterns: list[str]) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return snapshot_download(name, allow_patterns=_FETCHED)
+        return snapshot_download(repository, allow_patterns=patterns)
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise MissingError(
-            f"{name}: no such directory, and it cannot be fetched from the Hugging Face Hub "
+            f"{repository}: no such directory, and it cannot be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {error}). A gated model needs its licence accepted there, "
             "and HF_TOKEN in the environment or `hf auth login`."
         ) from error
 
 
-_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer/tokenizer.model"]
+_OF_A_PART = ("model*.safetensors", "diffusion_pytorch_model*.safetensors", "*.txt", "*.jinja")
+_OF_A_PART += ("tokenizer.model",)
 
 
 def _open_pipeline(directory: epath.Path, image_size: int | None) -> Stored:
@@ -222,8 +243,9 @@ def write(model: Stored, out: epath.PathLike, layout: str, dtype: str) -> epath.
 
             def advance(count: int) -> None:
                 nonlocal done
-                done += count
-                bar.update(-(-done // _MEGABYTE))
+                before, done = done, done + count
+                if before // _MEGABYTE != done // _MEGABYTE or done == total:
+                    bar.update(-(-done // _MEGABYTE))
 
             try:
                 return stored.write(files, out, dtype, advance)

@@ -60,6 +60,7 @@ RANGES: dict[str, _Range] = {
     "dit.table_size": _OR_ZERO,
     "dit.pooled_width": _OR_ZERO,
     "clip.eos_id": _OR_ZERO,
+    "clip.projection_width": _OR_ZERO,
     "autoencoder.shift": (lambda x: True, "finite"),
     "autoencoder.tile": _OR_ZERO,
     "flow.time_mean": (lambda x: True, "finite"),
@@ -191,7 +192,7 @@ def _memory_rules(config: ConfigDict) -> Iterator[str]:
             f"dit.pooled_width = {dit.pooled_width}, but dit.conditioning = 'none' has nothing "
             "that a pooled embedding is added to"
         )
-    if dit.pooled_width != clip.projection_width:
+    if dit.pooled_width != (clip.projection_width or clip.width):
         yield (
             f"dit.pooled_width = {dit.pooled_width}, but the embedding that CLIP gives has "
             f"clip.projection_width = {clip.projection_width}"

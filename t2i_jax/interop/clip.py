@@ -12,6 +12,7 @@ from t2i_jax.interop.mapping import Mapped, Rule, materialise, sources
 from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models.clip import CLIPText
 
+_MODEL = "text_model."
 _LAYER = "text_model.encoder.layers.{L}."
 CLIP = (
     Rule("embed/weight", "text_model.embeddings.token_embedding.weight", "V D -> V D"),
@@ -68,7 +69,7 @@ def load_clip(
     shardings: Any = None,
     dtype: Any = jnp.float32,
 ) -> tuple[CLIPText, dict[str, Any]]:
-    """The network and unboxed parameters of a CLIPTextModelWithProjection directory.
+    """The network and unboxed parameters of a CLIP text encoder's directory.
 
     Args:
       path, clip: as of `open_clip`.
@@ -102,13 +103,18 @@ def open_clip(
             f"{directory / 'config.json'} has model_type {theirs.get('model_type')!r}; only "
             "'clip_text_model' is read here."
         )
+    if theirs.get("architectures") == ["CLIPTextModel"]:  # SD 1's and FLUX's: no projection
+        theirs["projection_dim"] = 0
     actual = {ours: theirs[name] for ours, name in CLIP_CONFIG.items()}
     if clip is not None:
         fields = [(f"clip.{o}", clip[o], t, theirs[t]) for o, t in CLIP_CONFIG.items()]
         check_fields(directory, fields)
     net = CLIPText(**actual)
-    unused = {"text_model.embeddings.position_ids"}  # 0, 1, 2, ..., which older versions stored
-    return net, sources(directory, open_tensors(files), shapes(net), CLIP, unused=unused)
+    tensors, where = open_tensors(files), list(CLIP)
+    unused = {f"{_MODEL}embeddings.position_ids"}  # 0, 1, 2, ..., which older versions stored
+    if not any(name.startswith(_MODEL) for name in tensors):  # as transformers 5 saves it
+        where = [rule._replace(theirs=rule.theirs.removeprefix(_MODEL)) for rule in CLIP]
+    return net, sources(directory, tensors, shapes(net), where, unused=unused)
 
 
 def shapes(net: CLIPText) -> dict[str, tuple[int, ...]]:
@@ -122,6 +128,16 @@ def section(net: CLIPText) -> dict[str, Any]:
 
 
 def config_json(clip: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a section `clip`: of a CLIPTextModelWithProjection."""
-    fixed = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+    """The config.json of a section `clip`."""
+    fixed = {"architectures": [model_class(clip)], "model_type": "clip_text_model"}
     return fixed | {theirs: clip[ours] for ours, theirs in CLIP_CONFIG.items()}
+
+
+def model_class(clip: Mapping[str, Any]) -> str:
+    """The class of transformers of a section `clip`."""
+    return "CLIPTextModel" + ("WithProjection" if clip["projection_width"] else "")
+
+
+def rules(clip: Mapping[str, Any]) -> list[Rule]:
+    """Where each parameter is."""
+    return [rule for rule in CLIP if clip["projection_width"] or "projection" not in rule.ours]

@@ -108,7 +108,7 @@ def files(stored: Stored, dtype: str) -> Files:
         index["vae"] = ["diffusers", "AutoencoderKL"]
     if config.dit.pooled_width:
         published.add_clip(stored, "clip", weights, texts)
-        index["clip"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["clip"] = ["transformers", clip.model_class(config.clip)]
         index["clip_tokenizer"] = ["transformers", published.TOKENIZER]
     texts = {name: json.dumps(content, indent=2) for name, content in texts.items()}
     texts[published.INDEX] = json.dumps(index, indent=2)

@@ -25,6 +25,7 @@ from t2i_jax.interop.stored import Files, Stored, Weights, prefixed
 
 INDEX = "model_index.json"
 _FUSED, _WITH_CLIP, _BASELINE = "FuseDiTPipeline", "FuseDiTPipelineWithCLIP", "DiTPipeline"
+FOLDERS = ("transformer", "llm", "vae", "clip", "tokenizer", "clip_tokenizer")
 PIPELINES = (_FUSED, _WITH_CLIP, _BASELINE)
 VERSION = "0.32.0"  # of diffusers, which the published code was written for
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -119,6 +120,8 @@ def files(stored: Stored, dtype: str) -> Files:
     if stored.autoencoder is None:
         raise ValueError("The published pipelines have a VAE; this model draws pixels.")
     config = stored.config
+    if config["dit"]["pooled_width"] and not config["clip"]["projection_width"]:
+        raise ValueError("The published pipelines have a CLIP with a projection; this has none.")
     theirs = config_json(config) | {"torch_dtype": dtype}
     fused, with_clip = theirs["model_type"] == "FuseDiT", bool(config["dit"]["pooled_width"])
     language = theirs["base_config"] | {"torch_dtype": dtype}
@@ -177,5 +180,9 @@ def add_vae(stored: Stored, weights: list[Weights], texts: dict[str, Any]) -> No
 
 def add_clip(stored: Stored, folder: str, weights: list[Weights], texts: dict[str, Any]) -> None:
     """The folder of the CLIP text encoder, as transformers has it."""
-    weights.append(Weights(folder, "model", mapping.entries(stored.part("clip"), clip.CLIP)))
+    weights.append(
+        Weights(
+            folder, "model", mapping.entries(stored.part("clip"), clip.rules(stored.config["clip"]))
+        )
+    )
     texts[f"{folder}/config.json"] = clip.config_json(stored.config["clip"])

@@ -90,7 +90,7 @@ class CLIPText(nn.Module):
     num_heads: int = 12
     mlp_width: int = 3072
     max_tokens: int = 77
-    projection_width: int = 768
+    projection_width: int = 768  # P; 0: there is no projection, and P is the width
     activation: str = "quick_gelu"
     eos_id: int = LAST_TOKEN
     norm_eps: float = 1e-5
@@ -108,8 +108,9 @@ class CLIPText(nn.Module):
             self.num_heads, self.mlp_width, self.activation, self.norm_eps, self.dtype
         )
         self.final_norm = LayerNorm(self.norm_eps)
-        shape, axes = (self.width, self.projection_width), ("embed", None)
-        self.projection = layers.Einsum("BD,DP->BP", shape, axes, init=_INIT, dtype=self.dtype)
+        if self.projection_width:
+            shape, axes = (self.width, self.projection_width), ("embed", None)
+            self.projection = layers.Einsum("BD,DP->BP", shape, axes, init=_INIT, dtype=self.dtype)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Reads the prompts. Raises ValueError for more tokens than there are positions."""
@@ -124,4 +125,5 @@ class CLIPText(nn.Module):
         last = ids_BT if self.eos_id == LAST_TOKEN else ids_BT == self.eos_id
         end_B11 = jnp.argmax(last, axis=1)[:, None, None]
         x_BD = jnp.take_along_axis(x_BTD, end_B11, axis=1)[:, 0]
-        return self.projection(self.final_norm(x_BD)).astype(jnp.float32)
+        x_BD = self.final_norm(x_BD)
+        return (self.projection(x_BD) if self.projection_width else x_BD).astype(jnp.float32)

@@ -273,8 +273,16 @@ def test_a_repository_is_fetched_where_there_is_no_such_directory(made, monkeypa
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert convert.open_source("owner/model").whole
-    assert asked[0][0] == "owner/model"
-    assert not any(fnmatch.fnmatch("pytorch_model.bin", p) for p in asked[0][1])
-    assert not any(fnmatch.fnmatch("pipeline.py", p) for p in asked[0][1])
+    assert asked[0] == ("owner/model", ["*.json"]) and asked[1][0] == "owner/model"
+
+    def fetched(file):
+        return any(fnmatch.fnmatch(file, p) for _, patterns in asked for p in patterns)
+
+    assert fetched("transformer/model-00001-of-00002.safetensors") and fetched("vae/config.json")
+    for other in ("pytorch_model.bin", "pipeline.py", "text_encoder_3/model.safetensors"):
+        assert not fetched(other)
+    asked.clear()
+    assert convert.open_source("owner/model/vae").parts == ["autoencoder"]
+    assert asked[0] == ("owner/model", ["vae/*.json"]) and not fetched("llm/model.safetensors")
     with pytest.raises(UserError, match=r"cannot be fetched from the Hugging Face Hub \(OSError"):
         convert.open_source("owner/gated")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from t2i_jax.interop.clip import CLIP_CONFIG, load_clip
 
@@ -26,19 +26,24 @@ IDS = np.array(
 )
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("eos_id", [2, 98, 97])
-def test_clip(tmp_path, activation, eos_id):
+@pytest.mark.parametrize(
+    "activation, eos_id, projected",
+    [*((a, i, True) for a in ("quick_gelu", "gelu") for i in (2, 98, 97)), ("gelu", 98, False)],
+)
+def test_clip(tmp_path, activation, eos_id, projected):
+    """With SD3's projection, and without, as SD 1 and FLUX have it."""
     section = SECTION | {"activation": activation, "eos_id": eos_id}
     theirs = {CLIP_CONFIG[name]: value for name, value in section.items()}
     torch.manual_seed(0)
-    model = CLIPTextModelWithProjection(CLIPTextConfig(**theirs, pad_token_id=0, bos_token_id=97))
-    model = model.eval()
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    model = kind(CLIPTextConfig(**theirs, pad_token_id=0, bos_token_id=97)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases, too
             parameter.copy_(parameter + 0.2 * torch.randn_like(parameter))
-        expected = model(torch.from_numpy(IDS)).text_embeds.numpy()
+        output = model(torch.from_numpy(IDS))
+        expected = (output.text_embeds if projected else output.pooler_output).numpy()
     model.save_pretrained(tmp_path)
+    section |= {} if projected else {"projection_width": 0}
     net, params = load_clip(tmp_path, section)
     pooled = np.asarray(jax.jit(net.apply)({"params": params}, IDS))
     error = np.linalg.norm(pooled - expected) / np.linalg.norm(expected)

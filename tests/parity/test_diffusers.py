@@ -51,6 +51,7 @@ FURTHER = [  # choices that no config of the study makes
     ("fusion_2b", {"dit__prediction": "data", "flow__shift": 1.0, "flow__num_timesteps": 500}),
     ("ablations/clip_mod", {"data__instruction": "a small ", "data__max_text_tokens": 4}),
     ("ablations/gemma_2", {"data__image_size": 80}),
+    ("ablations/clip_mod", {"clip__projection_width": 0, "dit__pooled_width": 24}),
 ]
 
 

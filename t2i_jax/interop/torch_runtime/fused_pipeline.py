@@ -121,7 +121,8 @@ class FusedPipeline(DiffusionPipeline):
             texts = [self.config.instruction + p if p else "" for p in prompts]
             rows = self._rows(self.clip_tokenizer, texts, length)
             clip_ids = self._padded(self.clip_tokenizer, rows, length)
-            pooled = self.clip(clip_ids.to(device)).text_embeds
+            output = self.clip(clip_ids.to(device))
+            pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
         return self.transformer.encode_text(ids, mask, pooled)
 
     # --- images ---
