@@ -92,6 +92,9 @@ def open_source(source: str, tokenizer: str | None = None, **options: Any) -> St
     """
     fetched = not epath.Path(source).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", source)
     model = open_model(_fetch(source) if fetched else source, **options)
+    if fetched and model.whole and not (model.where / native.CARD).exists():
+        with model.config.unlocked():  # the directory is called after the snapshot
+            model.config.name = source.split("/")[1]
     if tokenizer:
         model = dataclasses.replace(model, tokenizer=epath.Path(tokenizer))
     if model.whole or tokenizer:

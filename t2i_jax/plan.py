@@ -33,26 +33,9 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     grid = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = jax.devices()[0].device_kind
     source = c.data.path or "built in"
-    positions = c.dit.positions + (" and a table" if c.dit.table_size else "")
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
-        (
-            "model",
-            f"{c.memory.source} source, {c.dit.attention} attention; positions {positions}; "
-            f"conditioning {c.dit.conditioning}",
-        ),
-        (
-            "trained",
-            f"{build.count(trained):,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"
-            + (f", from {c.weights.start}" if c.weights.start else ""),
-        ),
-        (
-            "frozen",
-            f"{build.count(frozen['llm']):,} LLM {c.llm.num_layers} x {c.llm.width} "
-            f"({c.weights.llm or 'pre-trained here'}), "
-            f"{build.count(frozen['autoencoder']):,} autoencoder ({c.autoencoder.kind})"
-            + (f", {build.count(frozen['clip']):,} CLIP" if "clip" in frozen else ""),
-        ),
+        *_networks(c, build.count(trained), {k: build.count(v) for k, v in frozen.items()}),
         (
             "images",
             f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
@@ -78,6 +61,31 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
         ),
     ]
     return "\n".join(f"{name:>9}  {text}" for name, text in lines)
+
+
+def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[tuple[str, str]]:
+    """What is trained and what is not, with the numbers of parameters."""
+    c = config
+    positions = c.dit.positions + (" and a table" if c.dit.table_size else "")
+    return [
+        (
+            "model",
+            f"{c.memory.source} source, {c.dit.attention} attention; positions {positions}; "
+            f"conditioning {c.dit.conditioning}",
+        ),
+        (
+            "trained",
+            f"{trained:,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"
+            + (f", from {c.weights.start}" if c.weights.start else ""),
+        ),
+        (
+            "frozen",
+            f"{frozen['llm']:,} LLM {c.llm.num_layers} x {c.llm.width} "
+            f"({c.weights.llm or 'pre-trained here'}), "
+            f"{frozen['autoencoder']:,} autoencoder ({c.autoencoder.kind})"
+            + (f", {frozen['clip']:,} CLIP" if "clip" in frozen else ""),
+        ),
+    ]
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:

@@ -33,6 +33,16 @@ from t2i_jax.interop.stored import (
 CLASS = ["fused_pipeline", "FusedPipeline"]
 _TRANSFORMER = ["fused_transformer", "FusedTransformer"]
 _STEM = "diffusion_pytorch_model"
+_USAGE = """
+## Use
+
+```python
+from diffusers import DiffusionPipeline  # made for diffusers 0.42 and transformers 5.23
+
+pipe = DiffusionPipeline.from_pretrained("DIR", trust_remote_code=True)
+image = pipe("a prompt").images[0]
+```
+"""
 _SECTIONS = ("llm", "memory", "dit")
 
 
@@ -113,7 +123,7 @@ def files(stored: Stored, dtype: str) -> Files:
     texts = {name: json.dumps(content, indent=2) for name, content in texts.items()}
     texts[published.INDEX] = json.dumps(index, indent=2)
     texts |= _code()
-    texts |= {native.CARD: native.card(stored), "README.md": native.readme(stored)}
+    texts |= {native.CARD: native.card(stored), "README.md": native.readme(stored, _USAGE)}
     return Files(weights, texts, native.tokenizers(stored))
 
 

@@ -70,8 +70,8 @@ def card(stored: Stored) -> str:
     return json.dumps(content, indent=2, allow_nan=False)
 
 
-def readme(stored: Stored) -> str:
-    """The model card of an export, in Markdown."""
+def readme(stored: Stored, usage: str = "") -> str:
+    """The model card of an export, in Markdown; `usage` is a section of it."""
     c, averaged = stored.config, {True: "the EMA of the", False: "the raw", None: "the"}
     clip = f"- CLIP text encoder, {c.clip.num_layers} layers\n" if c.dit.pooled_width else ""
     vae = "\n- The VAE has a licence of its own; SD3's is Stability AI's community licence."
@@ -90,6 +90,7 @@ def readme(stored: Stored) -> str:
         steps=c.sampling.steps,
         guidance=c.sampling.guidance,
         vae=vae if stored.autoencoder is not None else "",
+        usage=usage,
     )
 
 
@@ -111,7 +112,7 @@ arXiv 2505.10046), in the form of t2i_jax. These are {weights} after {step} step
 {clip}- trained at {size} x {size} pixels; sampled with {steps} steps, guidance {guidance}
 
 The whole config is in t2i_jax.json.
-
+{usage}
 ## Licences
 
 - The language model's weights are in here. Gemma's are provided under and subject to the Gemma

@@ -12,6 +12,7 @@ others wrote, the config is the published recipe with what their files say.
 
 import json
 import math
+import re
 from typing import Any
 
 from etils import epath
@@ -96,7 +97,7 @@ def _config(directory, found: dict[str, Any], card: dict, image_size: int | None
             raise ValueError(f"{directory} and its card disagree: {'; '.join(wrong)}.")
         return config
     config = configs.base().unlock()
-    config.name = directory.name or "imported"
+    config.name = re.sub(r"[^\w.-]", "-", directory.name).lstrip("-.") or "imported"
     for name, section in found.items():
         config[name].update(section)
     cell = config.autoencoder.downsample * config.dit.patch_size

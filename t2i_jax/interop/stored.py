@@ -165,6 +165,8 @@ def write(
 
 
 def free(out: epath.Path) -> None:
-    """Raises ConfigError where there is something at `out`."""
+    """Raises ConfigError where there is something at `out`, or it is no place on a disk."""
+    if "://" in out.as_posix():  # where no directory appears at once
+        raise ConfigError(f"{out}: name a directory on a disk, and copy it from there.")
     if out.exists():
         raise ConfigError(f"{out} is there already; nothing is replaced: name another --out.")

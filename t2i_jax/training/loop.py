@@ -72,6 +72,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     _say(plan.describe(config, workdir, mesh))
+    start = config.weights.start  # which a run that is resumed no longer needs
+    if start and not (workdir / "checkpoints").exists() and not epath.Path(start).exists():
+        raise SetupError(f"weights.start = {start!r}: no such directory.")
     train_source, validation_source = open_data(config)
     claim(config, workdir, len(train_source))
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, config.checkpoint.keep) as saved:
@@ -130,8 +133,6 @@ def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     """(training, validation) sources; raises SetupError naming every missing file of the run."""
     problems = frozen.missing(config)
-    if config.weights.start and not epath.Path(config.weights.start).exists():
-        problems.append(f"weights.start = {config.weights.start!r}: no such directory.")
     try:
         opened = tuple(sources.make_source(config, split) for split in sources.SPLITS)
     except (FileNotFoundError, ImportError, ValueError) as error:

@@ -195,6 +195,8 @@ def test_nothing_is_replaced(made, tmp_path):
         with pytest.raises(ConfigError, match="is there already; nothing is replaced"):
             convert.write(model, out, layout, "float32")
     assert (out / "precious").read_text() == "data"
+    with pytest.raises(ConfigError, match="gs://bucket/model: name a directory on a disk"):
+        convert.write(model, "gs://bucket/model", "safetensors", "float32")
 
 
 def test_directories_that_are_no_model(made, tmp_path):

@@ -1,12 +1,14 @@
 """CLIP directories written here, tensor by tensor, are run against plain NumPy in float64."""
 
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import erf
 
-from t2i_jax import sharding
+from t2i_jax import convert, sharding
+from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.interop.clip import load_clip
 from t2i_jax.interop.directory import find_weights
 from t2i_jax.models.clip import CLIPText
@@ -101,3 +103,19 @@ def test_missing_weights_say_what_to_fetch(tmp_path):
     for path in (tmp_path / "sd3", tmp_path / "sd3" / "text_encoder"):
         (problem,) = find_weights(path, "clip")
         assert problem.startswith(f"No clip weights in {path}") and problem.endswith(command)
+
+
+def test_an_encoder_is_imported_with_its_tokenizer(tmp_path):
+    files.write_clip_weights(tmp_path / "text_encoder")
+    files.write_clip(tmp_path / "tokenizer")
+    model = convert.open_model(tmp_path / "text_encoder")
+    again = convert.open_model(convert.write(model, tmp_path / "ours", "safetensors", "float32"))
+    assert again.parts == ["clip"] and again.config == {"clip": files.CLIP}
+    _, params = load_clip(tmp_path / "text_encoder", files.CLIP)
+    for path, x in flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(again.part("clip")[path].read(), x)
+    folders = tmp_path / "tokenizer", again.clip_tokenizer
+    theirs, ours = map(Tokenizer.load, folders)
+    for text in ("a red cat", "", "<|endoftext|> red"):
+        assert ours.rows([text], 77) == theirs.rows([text], 77)
+    assert (ours.pad_id, ours.bos_id) == (theirs.pad_id, theirs.bos_id)

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 import transformers
 
 from configs import base
+from t2i_jax import convert
 from t2i_jax.interop import directory
-from t2i_jax.interop.llm import FAMILIES, load_llm, rules, section
+from t2i_jax.interop.llm import FAMILIES, config_json, load_llm, rules, same_scale, section
 from t2i_jax.models.llm import LLM
 
 V, D, L, N, K, H, F = 40, 24, 3, 4, 2, 8, 48
@@ -320,3 +321,25 @@ def test_the_repository_is_told_from_the_name_of_the_directory(tmp_path, name, r
     path = tmp_path / name
     (problem,) = directory.find_weights(path, "llm")
     assert problem.endswith(f"hf download {repository} --local-dir {path}")
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_a_family_is_imported(tmp_path, kind):
+    prefix = "language_model.model." if kind == "paligemma" else "model."
+    folder = write(tmp_path / "theirs", JSON[kind], tensors(kind, prefix))
+    fields = section(JSON[kind])
+    model = convert.open_model(folder)
+    again = convert.open_model(convert.write(model, tmp_path / "ours", "safetensors", "float32"))
+    assert again.parts == ["llm"] and again.config == {"llm": fields}
+    expected = flatten_dict(load_llm(folder, fields, dtype="float32"), sep="/")
+    assert {f"llm/{path}" for path in expected} == {*again.weights}
+    for path, x in expected.items():
+        np.testing.assert_array_equal(again.part("llm")[path].read(), x)
+    assert section(config_json(fields)) | {"query_scalar": 0} == fields | {"query_scalar": 0}
+    assert same_scale(section(config_json(fields)), fields)
+
+
+def test_a_language_model_of_no_family():
+    fields = section(JSON["gemma2"])
+    with pytest.raises(ValueError, match=r"No gemma2 language model has qk_norm = True\."):
+        config_json(fields | {"qk_norm": True})

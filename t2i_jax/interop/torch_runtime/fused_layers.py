@@ -1,5 +1,6 @@
 """Layers of a fused text-to-image transformer, in PyTorch.
 
+Modules and parameters are named as those of t2i_jax/models, whose docstrings say what they are.
 Shapes: B batch, S tokens (T of text, I of the image), D width, N query heads, K key/value heads, H
 head width. Norms and softmax are computed in float32, whatever the dtype of the rest.
 """
