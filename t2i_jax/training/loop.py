@@ -72,8 +72,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     _say(plan.describe(config, workdir, mesh))
-    start = config.weights.start  # which a run that is resumed no longer needs
-    if start and not (workdir / "checkpoints").exists() and not epath.Path(start).exists():
+    start, saved = config.weights.start, workdir / "checkpoints"
+    resumed = saved.exists() and any(saved.iterdir())  # and needs no start any more
+    if start and not resumed and not epath.Path(start).exists():
         raise SetupError(f"weights.start = {start!r}: no such directory.")
     train_source, validation_source = open_data(config)
     claim(config, workdir, len(train_source))
