@@ -26,6 +26,13 @@ class RMSNorm(nn.Module):
         return x * (self.offset + self.weight.float())
 
 
+class Linear32(nn.Linear):
+    """A linear layer that is computed in float32, whatever its weights are stored in."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x))."""
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from .fused_layers import (
     QKV,
     GatedMLP,
+    Linear32,
     RMSNorm,
     absolute_table,
     attend,
@@ -177,13 +178,6 @@ class Selected(nn.Module):
 
 
 # --- the diffusion transformer ---
-
-
-class Linear32(nn.Linear):
-    """A linear layer that is computed in float32, whatever its weights are stored in."""
-
-    def forward(self, x):
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class Embedding(nn.Module):
