@@ -114,7 +114,11 @@ def _fetch(name: str) -> str:
     inside = "".join(f"{folder}/" for folder in folders)
     root = _snapshot(f"{owner}/{repository}", [f"{inside}*.json"])
     if not (epath.Path(root) / inside / published.INDEX).is_file():
-        _snapshot(f"{owner}/{repository}", [inside + pattern for pattern in _OF_A_PART])
+        wanted = [inside + pattern for pattern in _OF_A_PART]
+        if folders[-1:] == ["text_encoder"]:  # CLIP's tokenizer lies beside it
+            beside = inside.removesuffix("text_encoder/") + "tokenizer/"
+            wanted += [beside + pattern for pattern in ("*.json", "*.txt")]
+        _snapshot(f"{owner}/{repository}", wanted)
         return str(epath.Path(root) / inside)
     kind = read_json(epath.Path(root) / inside / published.INDEX).get("_class_name")
     if kind not in published.PIPELINES and kind != diffusers.CLASS:

@@ -286,5 +286,8 @@ def test_a_repository_is_fetched_where_there_is_no_such_directory(made, monkeypa
     asked.clear()
     assert convert.open_source("owner/model/vae").parts == ["autoencoder"]
     assert asked[0] == ("owner/model", ["vae/*.json"]) and not fetched("llm/model.safetensors")
+    with pytest.raises(UserError, match="text_encoder: no such directory"):  # of this model
+        convert.open_source("owner/model/text_encoder")
+    assert fetched("tokenizer/merges.txt") and fetched("text_encoder/model.safetensors")
     with pytest.raises(UserError, match=r"cannot be fetched from the Hugging Face Hub \(OSError"):
         convert.open_source("owner/gated")
