@@ -111,13 +111,19 @@ def get_config() -> ConfigDict:
     config.flow.time_std = 1.0
 
     config.data = ConfigDict()
-    config.data.source = "webdataset"  # 'webdataset' | 'scenes' | 'digits'
+    # 'webdataset' | 'folder' | 'arrayrecord' | 'tfds' | 'latents' | 'scenes' | 'digits'
+    config.data.source = "webdataset"
     config.data.path = "data/cc12m-recaptioned/cc12m-train-{0000..2175}.tar"  # glob, braces, '::'
-    config.data.image_field = "image.jpg"  # member suffixes inside a shard
-    config.data.caption_field = "synthetic_caption.txt"
+    config.data.mixture = ()  # several sources: ("weight=0.7 path=A", "weight=0.3 path=B")
+    config.data.index_dir = ""  # of indexes and image sizes; '' = beside the shards, or a cache
+    config.data.image_field = "image.jpg"  # members of a shard, columns or features elsewhere
+    config.data.caption_field = "synthetic_caption.txt"  # several with commas: one is drawn
     config.data.original_caption_field = "original_caption.txt"
     config.data.original_caption_rate = 0.0  # how often the original caption is used instead
     config.data.image_size = 512  # resize the shorter side (bilinear), then crop
+    # Shapes to train on instead of the square, ("512x512", "576x448", ...), width x height: every
+    # batch has one of them, every picture is in that nearest to its own; () = the square alone.
+    config.data.buckets = ()
     config.data.center_crop = True  # False: a random crop
     config.data.flip = False  # mirror half of the images; wrong where captions say left or right
     config.data.caption_dropout = 0.1  # how often the caption is replaced by ''
@@ -125,8 +131,15 @@ def get_config() -> ConfigDict:
     config.data.chat_template = False  # wrap captions in the tokenizer's, as one user turn
     config.data.add_generation_prompt = False  # and let the template open the model's answer
     config.data.max_text_tokens = 256  # captions are cut to it, BOS included, and right-padded
+    # Lengths that a batch is cut to, the least that holds its longest text; () = never cut.
+    config.data.text_buckets = ()
     config.data.validation_size = 512  # samples held out: the last ones of the source
+    config.data.min_image_size = 32  # pixels of the shorter side; less is a bad sample
+    config.data.max_caption_chars = 10_000  # of a caption; more is a bad sample
+    # Training stops where more than this share of the newest 2,000 samples, or of shards, is bad.
+    config.data.max_bad_rate = 0.05
     config.data.num_threads = 16  # decoding threads a host
+    config.data.num_workers = 0  # processes a host that these threads are in; 0 = this process
     config.data.prefetch = 4  # batches made ahead
 
     config.optimizer = ConfigDict()

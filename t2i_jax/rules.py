@@ -11,7 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from t2i_jax.data.sources import SOURCES
+from t2i_jax.data.buckets import parse as parse_shape
+from t2i_jax.data.sources import FILES, SOURCES, ingredients
 from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
 from t2i_jax.models.conditioning import CONDITIONING
 from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
@@ -68,6 +69,9 @@ RANGES: dict[str, _Range] = {
     "data.original_caption_rate": _RATE,
     "data.max_text_tokens": (lambda x: x >= 2, "at least 2: the first token, BOS, and one more"),
     "data.validation_size": _OR_ZERO,
+    "data.min_image_size": _OR_ZERO,
+    "data.max_bad_rate": _RATE,
+    "data.num_workers": _OR_ZERO,
     "optimizer.weight_decay": _OR_ZERO,
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
@@ -227,25 +231,72 @@ def _data_rules(config: ConfigDict) -> Iterator[str]:
         yield "data.chat_template = True, but weights.tokenizer = '' makes one that has none"
     if data.add_generation_prompt and not data.chat_template:
         yield "data.add_generation_prompt = True, but data.chat_template = False"
-    if data.source == "webdataset":
-        for key in ("path", "image_field", "caption_field"):
-            if not data[key]:
-                yield f"data.{key} = '', but data.source = 'webdataset' needs it"
-        if data.original_caption_rate > 0 and not data.original_caption_field:
-            yield (
-                f"data.original_caption_rate = {data.original_caption_rate}, but "
-                "data.original_caption_field = '' names none"
-            )
-    else:
-        if data.flip:
-            yield f"data.flip = True, but data.source = {data.source!r} has a left and a right"
-        if data.original_caption_rate:
-            yield (
-                f"data.original_caption_rate = {data.original_caption_rate}, but data.source = "
-                f"{data.source!r} has one caption a sample"
-            )
+    yield from _source_rules(config)
+    yield from _bucket_rules(config, cell)
     if config.validation.every and not data.validation_size:
         yield f"validation.every = {config.validation.every}, but data.validation_size = 0"
+
+
+def _source_rules(config: ConfigDict) -> Iterator[str]:
+    data = config.data
+    try:
+        mixed = ingredients(data)
+    except ValueError as error:
+        yield str(error)
+        return
+    for section, _ in mixed:
+        name = section.source
+        if name not in SOURCES:
+            yield f"data.mixture: source = {name!r} is unknown; known: {list(SOURCES)}"
+        if name in FILES:
+            for key in ("path", "image_field", "caption_field"):
+                if not getattr(section, key):
+                    yield f"data.{key} = '', but data.source = {name!r} needs it"
+            if data.original_caption_rate > 0 and not section.original_caption_field:
+                yield (
+                    f"data.original_caption_rate = {data.original_caption_rate}, but "
+                    "data.original_caption_field = '' names none"
+                )
+        else:
+            if data.flip:
+                yield f"data.flip = True, but data.source = {name!r} has a left and a right"
+            if data.original_caption_rate:
+                yield (
+                    f"data.original_caption_rate = {data.original_caption_rate}, but data.source "
+                    f"= {name!r} has one caption a sample"
+                )
+        if name == "latents" and (data.flip or not data.center_crop):
+            yield (
+                f"data.flip = {data.flip}, data.center_crop = {data.center_crop}: stored latents "
+                "are neither mirrored nor cropped"
+            )
+    if len({section.source == "latents" for section, _ in mixed}) > 1:
+        yield "data.mixture: latents and images cannot be mixed; encode all of it"
+
+
+def _bucket_rules(config: ConfigDict, cell: int) -> Iterator[str]:
+    data = config.data
+    for text in data.buckets:
+        try:
+            height, width = parse_shape(text)
+        except (TypeError, ValueError) as error:
+            yield f"data.buckets: {error}"
+            continue
+        if cell > 0 and (height % cell or width % cell or not height * width):
+            yield f"data.buckets: {text} is not divisible by the {cell} pixels of a patch"
+        elif 0 < config.dit.table_size < max(height, width) // cell:
+            yield (
+                f"data.buckets: {text} has more than dit.table_size = {config.dit.table_size} "
+                "patches a side"
+            )
+    if len(set(data.buckets)) < len(data.buckets):
+        yield "data.buckets: a shape is named twice"
+    lengths = data.text_buckets
+    if not all(type(n) is int and 2 <= n <= data.max_text_tokens for n in lengths):
+        yield (
+            f"data.text_buckets = {lengths} must be lengths from 2 to data.max_text_tokens = "
+            f"{data.max_text_tokens}"
+        )
 
 
 def _training_rules(config: ConfigDict) -> Iterator[str]:

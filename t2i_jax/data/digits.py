@@ -6,6 +6,8 @@ The UCI "Optical Recognition of Handwritten Digits" test set, by E. Alpaydin and
 import numpy as np
 from PIL import Image
 
+from t2i_jax.data.built_in import BuiltIn
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
     "a handwritten {word}",
@@ -20,7 +22,7 @@ CAPTIONS = (
 _ORDER_SEED, _CAPTION_SEED = 8, 64  # fixed: the splits and captions are part of the data
 
 
-class Digits:
+class Digits(BuiltIn):
     """White on black RGB digits of `image_size` pixels, with captions in several wordings.
 
     The scans are in one fixed random order; the last `validation_size` are the validation split.
@@ -52,18 +54,18 @@ class Digits:
         self._scans = np.round(scans.images[order] * (255 / 16)).astype(np.uint8)
         self._labels = scans.target[order].tolist()
         self._wordings = wordings.tolist()
-        self._size = (image_size, image_size)
+        self.image_size, self.split = image_size, split
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray | str]:
+    def __getitem__(self, i: int) -> dict[str, np.ndarray | str | tuple[str, ...]]:
         """A uint8 (image_size, image_size, 3) image, its caption, and the digit's word."""
         scan = Image.fromarray(self._scans[i])
-        image = np.asarray(scan.resize(self._size, Image.Resampling.BILINEAR))
+        image = np.asarray(scan.resize(self.size(i), Image.Resampling.BILINEAR))
         return {
             "image": np.repeat(image[:, :, None], 3, axis=2),
-            "caption": self.caption(i),
+            "captions": (self.caption(i),),
             "category": WORDS[self._labels[i]],
         }
 

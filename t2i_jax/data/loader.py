@@ -1,45 +1,48 @@
 """Batches whose content depends on (seed, step) alone.
 
-The global sample stream is numbered by *position*: step s of a batch size B holds the positions
-s B to (s + 1) B, of which host h of H takes its H-th part. Position -> sample is a shuffle that is
-computed, not stored, and every random draw of a sample has its own stream, seeded by (seed, kind
-of draw, position). So the step is the whole state of the input pipeline: any batch is reached
-directly, and neither the number of hosts nor that of threads changes a pixel.
+Host h of H takes the h-th part of the rows of every global batch; which samples these are is
+`order`'s to say. The step is the whole state of the input pipeline: any batch is reached directly,
+and neither the number of hosts nor that of threads or worker processes changes a pixel.
 """
 
 from collections.abc import Iterator, Sequence
-import contextlib
-import enum
+import functools
+import json
 import sys
-import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 from ml_collections import ConfigDict
 import numpy as np
 
-from t2i_jax.data import images, sources
+from t2i_jax.data import buckets, order, sources
+from t2i_jax.data.bad import BadSample, Cause
 from t2i_jax.data.prompts import Prompts
+from t2i_jax.data.samples import Fault, Row, Samples
 from t2i_jax.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+_FAULTS = "faults"  # JSON, as bytes: arrays are what passes between processes
+_CAUSES = {str(cause): i for i, cause in enumerate(Cause)}
 
 
-class Draw(enum.IntEnum):
-    """The kinds of random draws, a word of the seed each (0 is the shuffle's)."""
+class Batch(NamedTuple):
+    """One host's rows of a batch, and which samples could not be used for it."""
 
-    ORIGINAL_CAPTION = 1
-    CAPTION_DROPOUT = 2
-    CROP = 3
-    FLIP = 4
+    arrays: Arrays
+    faults: tuple[Fault, ...]
 
 
 class Loader:
     """Shuffled training batches of one host, endlessly, from any step.
 
-    A batch is {'image': uint8 (b, H, W, 3), 'ids': int32 (b, T), 'mask': bool (b, T), ...}, where
-    b = batch_size / process_count and all but the image is what `prompts` makes of the captions.
+    Arrays are {'image': uint8 (b, H, W, 3), 'ids': int32 (b, T), 'mask': bool (b, T), 'bad': int32
+    (b, causes), ...}, where b = batch_size / process_count, 'bad' counts the samples that each row
+    took before a good one, and all but the first (and it) is what `prompts` makes of the captions.
     `data` is the config's data section.
+
+    Attributes:
+      left_out: faults of the samples that belong to no bucket: their size is not known.
     """
 
     def __init__(
@@ -59,53 +62,60 @@ class Loader:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"host {process_index} of {process_count}")
-        self._source, self._prompts = source, prompts
-        self._data = types.SimpleNamespace(**data)  # a ConfigDict is slow to read for every sample
-        self._batch_size, self._seed = batch_size, seed
+        self._threads, self._workers = data.num_threads, data.num_workers
+        self._ahead = data.prefetch
         self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
-        self._order = sources.shuffled(len(source), seed)
+        parts = getattr(source, "parts", [order.Part(0, len(source), 1.0)])
+        self._shapes, bucket_N, self.left_out = _buckets(source, data, batch_size)
+        self._order = order.Order(parts, batch_size, seed, bucket_N, len(self._shapes))
+        samples = Samples(source, data, self._order, batch_size, seed)
+        rows = range(process_index * self._rows, (process_index + 1) * self._rows)
+        shape = functools.partial(_shape, self._order, self._shapes)
+        self._maker = _Maker(samples, prompts, shape, rows)
+        self._square = (data.image_size, data.image_size)
         self._iterators: set[Any] = set()
+
+    def indices(self, step: int) -> list[int]:
+        """The samples of this host's rows at `step`, as they are meant to be."""
+        return [self._maker.samples.index(step, row) for row in self._maker.rows]
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """(height, width) of the images at `step`."""
+        return _shape(self._order, self._shapes, step)
 
     def batch(self, step: int) -> Batch:
         """The batch of this host at `step`, made on the spot."""
-        return self._part(step, 0, self._rows)
+        return _joined([self._maker.part(step, 0, self._rows)])
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """The batches from `start_step` on, made ahead by threads. Close it, or the loader."""
-        threads, ahead = self._data.num_threads, self._data.prefetch
+        """The batches from `start_step` on, made ahead. Close it, or the loader."""
+        workers = max(1, self._workers)
+        threads = -(-self._threads // workers)
         # Parts of batches, as many as keep all threads busy with no more than `ahead` batches.
-        parts = min(self._rows, max(1, -(-threads // max(1, ahead))))
-
-        def part(number: int) -> Batch:
-            step, k = divmod(number, parts)
-            return self._part(step, k * self._rows // parts, (k + 1) * self._rows // parts)
-
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead * parts)
-        dataset = grain.MapDataset.range(start_step * parts, sys.maxsize).map(part)
-        iterator = iter(dataset.to_iter_dataset(options))
+        parts = min(self._rows, max(1, -(-self._threads // max(1, self._ahead))))
+        dataset = grain.MapDataset.range(start_step * parts, sys.maxsize)
+        dataset = dataset.map(functools.partial(self._maker.numbered, parts))
+        buffer = -(-self._ahead * parts // workers)
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, buffer))
+        if self._workers:
+            options = grain.MultiprocessingOptions(self._workers, max(1, buffer))
+            dataset = dataset.mp_prefetch(options)
+        iterator = iter(dataset)
         self._iterators.add(iterator)
         try:
             while True:
-                pieces = [next(iterator) for _ in range(parts)]
-                yield pieces[0] if parts == 1 else _concatenate(pieces)
+                yield _joined([next(iterator) for _ in range(parts)])
         finally:
             self._iterators.discard(iterator)
             iterator.close()
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
         """The samples `indices` of the source: nothing dropped or mirrored, cropped centrally."""
-        size = self._data.image_size
-        pixels, captions = self._empty(len(indices)), []
-        for row, index in enumerate(indices):
-            sample = self._source[index]
-            with _naming(sample, index):
-                pixels[row] = images.resize_and_crop(sample["image"], size)
-            captions.append(sample["caption"])
-        return {"image": pixels, **self._prompts.encode(captions)}
+        rows = [self._maker.samples.fixed(index, self._square) for index in indices]
+        return _joined([self._maker.arrays(rows)])
 
     def close(self) -> None:
-        """Stops the threads of all iterators."""
+        """Stops the threads and processes of all iterators."""
         while self._iterators:
             self._iterators.pop().close()
 
@@ -115,54 +125,61 @@ class Loader:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def _part(self, step: int, first: int, last: int) -> Batch:
+
+def _shape(order_: order.Order, shapes, step: int) -> tuple[int, int]:
+    return shapes[order_.bucket(step)[0]]
+
+
+class _Maker:
+    """Makes parts of batches; what worker processes are sent."""
+
+    def __init__(self, samples: Samples, prompts: Prompts, shape, rows: range):
+        self.samples, self._prompts, self._shape, self.rows = samples, prompts, shape, rows
+
+    def part(self, step: int, first: int, last: int) -> Arrays:
         """Rows `first` to `last` of this host's batch at `step`."""
-        start = step * self._batch_size + self._first_row
-        pixels, captions = self._empty(last - first), []
-        for row, position in enumerate(range(start + first, start + last)):
-            index = self._order[position]
-            sample = self._source[index]
-            with _naming(sample, index):
-                pixels[row] = self._image(sample, position)
-            captions.append(self._caption(sample, position))
-        return {"image": pixels, **self._prompts.encode(captions)}
+        shape = self._shape(step)
+        return self.arrays([self.samples.read(step, row, shape) for row in self.rows[first:last]])
 
-    def _empty(self, count: int) -> np.ndarray:
-        return np.empty((count, self._data.image_size, self._data.image_size, 3), np.uint8)
+    def numbered(self, parts: int, number: int) -> Arrays:
+        """Part `number` of all parts of all batches, `parts` to a batch."""
+        step, k = divmod(number, parts)
+        count = len(self.rows)
+        return self.part(step, k * count // parts, (k + 1) * count // parts)
 
-    def _rng(self, draw: Draw, position: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, int(draw), position))
-
-    def _happens(self, rate: float, draw: Draw, position: int) -> bool:
-        return rate > 0 and self._rng(draw, position).random() < rate
-
-    def _image(self, sample, position: int) -> np.ndarray:
-        center = self._data.center_crop
-        rng = None if center else self._rng(Draw.CROP, position)
-        image = images.resize_and_crop(sample["image"], self._data.image_size, center, rng)
-        flip = self._data.flip and self._happens(0.5, Draw.FLIP, position)
-        return images.mirror(image) if flip else image
-
-    def _caption(self, sample, position: int) -> str:
-        if self._happens(self._data.caption_dropout, Draw.CAPTION_DROPOUT, position):
-            return ""
-        caption = sample["caption"]
-        if self._happens(self._data.original_caption_rate, Draw.ORIGINAL_CAPTION, position):
-            caption = sample.get("original_caption") or caption
-        return caption
+    def arrays(self, rows: list[Row]) -> Arrays:
+        arrays = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
+        arrays |= self._prompts.encode([row.caption for row in rows])
+        arrays["bad"] = np.zeros((len(rows), len(Cause)), np.int32)
+        for i, row in enumerate(rows):
+            for fault in row.faults:
+                arrays["bad"][i, _CAUSES[fault.cause]] += 1
+        faults = json.dumps([fault for row in rows for fault in row.faults])
+        return {**arrays, _FAULTS: np.frombuffer(faults.encode(), np.uint8)}
 
 
-@contextlib.contextmanager
-def _naming(sample, index: int):
-    """Says which sample it was where one cannot be used."""
-    try:
-        yield
-    except images.BadImage as error:
-        raise images.BadImage(f"sample {sample.get('key', index)}: {error}") from error
+def _joined(parts: list[Arrays]) -> Batch:
+    faults = [Fault(*f) for part in parts for f in json.loads(part.pop(_FAULTS).tobytes())]
+    if len(parts) == 1:
+        return Batch(parts[0], tuple(faults))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Batch(arrays, tuple(faults))
 
 
-def _concatenate(parts: list[Batch]) -> Batch:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _buckets(source, data: ConfigDict, batch_size: int):
+    """([(height, width)], bucket of every sample or None, faults of those in none)."""
+    if not data.buckets:
+        return [(data.image_size, data.image_size)], None, ()
+    shapes = buckets.shapes(data.buckets)
+    size_N2 = source.sizes(data.index_dir, data.num_threads)
+    bucket_N = buckets.assign(size_N2, shapes, batch_size)
+    left_out = []
+    for i in np.flatnonzero(bucket_N == order.NO_BUCKET).tolist():
+        try:
+            source.size(i)
+        except BadSample as error:
+            left_out.append(Fault(-1, -1, source.name(i), str(error.cause), str(error)))
+    return shapes, bucket_N, tuple(left_out)
 
 
 def text_batches(
@@ -172,10 +189,22 @@ def text_batches(
     batch_size: int,
     seed: int,
     steps: int,
-) -> Iterator[Batch]:
-    """`steps` batches of shuffled captions, {'ids', 'mask'}, for the language model alone."""
-    order = sources.shuffled(len(source), seed)
+) -> Iterator[Arrays]:
+    """`steps` batches of shuffled captions, {'ids', 'mask'}, for the language model alone.
+
+    A sample without a caption gives way to the one after it.
+    """
+    shuffle = order.shuffled(len(source), seed)
+
+    def caption(position: int) -> str:
+        for ahead in range(len(source)):
+            try:
+                return source.caption(shuffle[position + ahead])
+            except BadSample:
+                continue
+        raise ValueError("no sample has a caption")
+
     for step in range(steps):
         positions = range(step * batch_size, (step + 1) * batch_size)
-        ids, mask = tokenizer.encode([source.caption(order[p]) for p in positions], length)
+        ids, mask = tokenizer.encode([caption(p) for p in positions], length)
         yield {"ids": ids, "mask": mask}

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import zlib
 
 from t2i_jax.data import drawing
+from t2i_jax.data.built_in import BuiltIn
 from t2i_jax.data.drawing import INVERSE, RELATIONS, SHAPES, SIZES, Draws, Object, Scene
 
 # The categories, and the kind of key that each tests.
@@ -321,8 +322,8 @@ def _compose(category: str, core: _Core, draw: Draws) -> Scene:
 # --- The data set -------------------------------------------------------------------------------
 
 
-class Scenes:
-    """A random-access data set of {'image': uint8 (H, W, 3), 'caption': str, 'category': str}.
+class Scenes(BuiltIn):
+    """A random-access data set of {'image': uint8 (H, W, 3), 'captions': (str,), 'category': str}.
 
     'train' and 'validation' are disjoint streams of one distribution, whose categories are drawn by
     `weights` (category -> relative weight, those left out never; None means `WEIGHTS`). 'heldout'
@@ -391,4 +392,4 @@ class Scenes:
     def __getitem__(self, index: int) -> dict:
         prompt, core, draw = self._begin(index)
         image = drawing.render(_compose(prompt.category, core, draw), self.image_size)
-        return {"image": image, "caption": prompt.text, "category": prompt.category}
+        return {"image": image, "captions": (prompt.text,), "category": prompt.category}

@@ -1,46 +1,138 @@
-"""From the data section of a config to a source, and orders over it.
+"""From the data section of a config to a source.
 
-A source has `len(source)`, `source[i]` -> {'image': encoded bytes or uint8 pixels, 'caption': str,
-...} and `source.caption(i)`, which touches no pixels. A new one is a function in `SOURCES`.
+A new kind of data is a class with the methods of `Source` and a function in `SOURCES`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import difflib
 import functools
-from typing import Any, Protocol
+import hashlib
+import itertools
+import shlex
+import types
+from typing import Any, NamedTuple, Protocol
 
-import grain
 from ml_collections import ConfigDict
 import numpy as np
 
+from t2i_jax.data import buckets, shard_index
+from t2i_jax.data.bad import BadSample
+from t2i_jax.data.order import Part, shuffled
+
 SPLITS = ("train", "validation")
-_ORDER = 0  # this module's word in seed sequences; the loader's draws have other ones
+MIXED = ("source", "path", "image_field", "caption_field", "original_caption_field")
 
 
 class Source(Protocol):
-    """Random access to captioned images."""
+    """Random access to captioned images.
+
+    Reading is safe from several threads. What is wrong with one sample raises BadSample. A source
+    of files is picklable, for worker processes.
+    """
+
+    fingerprint: str  # of what is where, not of contents
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        """{'image': encoded bytes or uint8 (H, W, 3), 'captions': (str, ...)}.
 
-    def caption(self, i: int) -> str: ...
+        Where there is one, also 'original_caption'. Instead of the image there may be 'moments',
+        uint16 (h, w, 2 C): the bits of bfloat16 means and log-variances of latents.
+        """
+        ...
+
+    def caption(self, i: int) -> str:
+        """The first caption; touches no pixels."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Where the sample is, for people."""
+        ...
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the upright image; decodes no pixels."""
+        ...
+
+
+class Mixture:
+    """Samples of several sources, one after the other, each with its weight.
+
+    Attributes:
+      parts: which samples are of which source, and their weights.
+      damage: (file, what cannot be told of it), of all sources.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] = (1.0,)):
+        self._sources = list(sources)
+        self._starts = np.cumsum([0] + [len(source) for source in sources]).tolist()
+        spans = itertools.pairwise(self._starts)
+        self.parts = [Part(*span, w) for span, w in zip(spans, weights, strict=True)]
+        self.damage = [d for source in sources for d in getattr(source, "damage", [])]
+        self.fingerprint = hashlib.blake2b(
+            " ".join(source.fingerprint for source in sources).encode(), digest_size=16
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _locate(self, i: int) -> tuple[Source, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        which = bisect.bisect_right(self._starts, i) - 1
+        return self._sources[which], i - self._starts[which]
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        source, i = self._locate(i)
+        return source[i]
+
+    def caption(self, i: int) -> str:
+        source, i = self._locate(i)
+        return source.caption(i)
+
+    def name(self, i: int) -> str:
+        source, i = self._locate(i)
+        return source.name(i)
+
+    def size(self, i: int) -> tuple[int, int]:
+        source, i = self._locate(i)
+        return source.size(i)
+
+    def sizes(self, directory: str = "", threads: int = 16) -> np.ndarray:
+        """(N, 2): width and height of every image; (0, 0) for bad samples."""
+        directory = directory or str(shard_index.cache_directory())
+        return np.concatenate([_sizes(source, directory, threads) for source in self._sources])
 
 
 class Subset:
     """Samples start to stop of a source, as a source."""
 
     def __init__(self, source: Source, start: int, stop: int):
-        self._source, self._range = source, range(start, stop)
+        self.source, self.range = source, range(start, stop)
+        self.fingerprint = f"{source.fingerprint}[{start}:{stop}]"
+        self.damage = getattr(source, "damage", [])
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self.range)
 
     def __getitem__(self, i: int) -> Mapping[str, Any]:
-        return self._source[self._range[i]]
+        return self.source[self.range[i]]
 
     def caption(self, i: int) -> str:
-        return self._source.caption(self._range[i])
+        return self.source.caption(self.range[i])
+
+    def name(self, i: int) -> str:
+        return self.source.name(self.range[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.source.size(self.range[i])
+
+
+def _sizes(source: Source, directory: str, threads: int) -> np.ndarray:
+    if isinstance(source, Subset):
+        return _sizes(source.source, directory, threads)[source.range.start : source.range.stop]
+    return buckets.measure(source, directory, threads)
 
 
 def hold_out(source: Source, size: int, split: str) -> Subset:
@@ -54,65 +146,112 @@ def hold_out(source: Source, size: int, split: str) -> Subset:
     return Subset(source, *{"train": (0, cut), "validation": (cut, len(source))}[split])
 
 
-@functools.lru_cache(maxsize=2)  # the splits share one index, which can take minutes to read
-def _webdataset(*args):
+def _webdataset(*args) -> Source:
     from t2i_jax.data import webdataset
 
     return webdataset.WebDataset(*args)
 
 
-def _from_webdataset(data: ConfigDict, split: str) -> Source:
-    original = data.original_caption_field if data.original_caption_rate else ""
-    fields = (data.image_field, data.caption_field, original)
-    return hold_out(_webdataset(data.path, *fields, data.num_threads), data.validation_size, split)
+@functools.lru_cache(maxsize=16)  # the splits share what can take minutes to open
+def _open(kind: Callable[..., Source], *args) -> Source:
+    return kind(*args)
 
 
-def _from_scenes(data: ConfigDict, split: str) -> Source:
+def _from_files(kind: Callable[..., Source], *settings: str) -> Callable[[Any, str], Source]:
+    """Of a kind whose last samples are held out; `settings` are further keys that it takes."""
+
+    def make(data: Any, split: str) -> Source:
+        original = data.original_caption_field if data.original_caption_rate else ""
+        fields = (data.path, data.image_field, data.caption_field, original)
+        opened = _open(kind, *fields, *(getattr(data, key) for key in settings))
+        return hold_out(opened, data.validation_size, split)
+
+    return make
+
+
+def _from_scenes(data: Any, split: str) -> Source:
     from t2i_jax.data import scenes
 
     length = {"length": data.validation_size} if split == "validation" else {}
     return scenes.Scenes(image_size=data.image_size, split=split, **length)
 
 
-def _from_digits(data: ConfigDict, split: str) -> Source:
+def _from_digits(data: Any, split: str) -> Source:
     from t2i_jax.data import digits
 
     return digits.Digits(data.image_size, split, data.validation_size)
 
 
-SOURCES: dict[str, Callable[[ConfigDict, str], Source]] = {
-    "webdataset": _from_webdataset,
+FILES = {  # sources that read data.path
+    "webdataset": _from_files(_webdataset, "num_threads", "index_dir"),
+}
+SOURCES: dict[str, Callable[[Any, str], Source]] = {
+    **FILES,
     "scenes": _from_scenes,
     "digits": _from_digits,
 }
 
 
-def make_source(config: ConfigDict, split: str) -> Source:
+class Ingredient(NamedTuple):
+    """One source of a mixture: its settings, a data section's, and its weight."""
+
+    data: Any
+    weight: float
+
+
+def ingredients(data: ConfigDict) -> list[Ingredient]:
+    """What `data` is mixed of; itself alone, where data.mixture is empty. Raises ValueError.
+
+    An entry is 'weight=0.3 source=folder path=DIR ...'; what it does not say is as in `data`.
+    """
+    if not data.mixture:
+        return [Ingredient(types.SimpleNamespace(**data), 1.0)]
+    found = []
+    for entry in data.mixture:
+        try:
+            pairs = dict(word.split("=", 1) for word in shlex.split(entry))
+            weight = float(pairs.pop("weight"))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"data.mixture: {entry!r} must be like 'weight=0.3 path=X'") from error
+        unknown = sorted(pairs.keys() - set(MIXED))
+        if unknown or not 0 < weight < float("inf"):
+            what = f"the weight {weight:g}" if not unknown else f"{unknown[0]!r}"
+            raise ValueError(
+                f"data.mixture: {what} in {entry!r}; a positive weight and any of "
+                f"{', '.join(MIXED)} are expected"
+            )
+        found.append(Ingredient(types.SimpleNamespace(**{**data, **pairs}), weight))
+    total = sum(weight for _, weight in found)
+    held_out = [round(data.validation_size * weight / total) for _, weight in found]
+    for (section, _), size in zip(found, held_out, strict=True):
+        section.validation_size = max(size, 1) if data.validation_size else 0
+    return found
+
+
+def make_source(config: ConfigDict, split: str) -> Mixture:
     """The source that `config.data` describes; `split` is 'train' or 'validation'."""
-    name = config.data.source
-    if name not in SOURCES:
-        near = difflib.get_close_matches(str(name), SOURCES, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown data.source {name!r}; known are {', '.join(SOURCES)}.{hint}")
     if split not in SPLITS:
         raise ValueError(f"split is 'train' or 'validation', got {split!r}")
-    return SOURCES[name](config.data, split)
-
-
-def shuffled(length: int, seed: int) -> grain.MapDataset:
-    """Position -> index, without end: every epoch of `length` positions is a new permutation.
-
-    Random access costs the same at every position. `seed` is hashed first, because grain's seed of
-    epoch e is seed + e: neighbouring seeds would meet the same epochs.
-    """
-    if not 0 < length < 2**32:
-        raise ValueError(f"a source of {length} samples; 1 to {2**32 - 1} can be shuffled")
-    word = int(np.random.SeedSequence((seed, _ORDER)).generate_state(1)[0])
-    return grain.MapDataset.range(length).shuffle(seed=word).repeat(reseed_each_epoch=True)
+    mixed = ingredients(config.data)
+    for section, _ in mixed:
+        if section.source not in SOURCES:
+            near = difflib.get_close_matches(str(section.source), SOURCES, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Unknown data.source {section.source!r}; known are {', '.join(SOURCES)}.{hint}"
+            )
+    made = [SOURCES[section.source](section, split) for section, _ in mixed]
+    return Mixture(made, [weight for _, weight in mixed])
 
 
 def captions(source: Source, n: int, seed: int) -> Iterator[str]:
-    """The captions of `n` different samples drawn at random (all of them if there are fewer)."""
+    """The captions of `n` different samples drawn at random (all of them if there are fewer).
+
+    Samples without one are passed over.
+    """
     order = shuffled(len(source), seed)
     for position in range(min(n, len(source))):
-        yield source.caption(order[position])
+        try:
+            yield source.caption(order[position])
+        except BadSample:
+            continue

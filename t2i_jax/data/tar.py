@@ -8,19 +8,26 @@ tar manual, "Basic Tar Format".
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import os
 import re
 import threading
+import time
 import typing
 import zlib
 
 from etils import epath
 
+from t2i_jax.data.bad import BadSample, Cause
+
 _BLOCK = 512
 _MAX_NAME_RECORD = 1 << 20  # bytes of a long name or a pax header; real ones are under a kilobyte
 _PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 _REGULAR, _BODILESS = b"0\x007", b"123456"  # '1'..'6': links, devices, directories, FIFOs
+_KINDS = _REGULAR + _BODILESS + b"LKxgXS"
+_MAGIC, _MAGIC_AT = b"ustar", 257
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
+_SCAN = 1 << 20  # bytes looked through at once for the next header
 
 
 class Member(typing.NamedTuple):
@@ -98,12 +105,25 @@ class FilePool:
         return file
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes; ValueError where the file has become shorter than its index."""
-        data = self.open(path).read(offset, size)
+        """Exactly `size` bytes. Raises BadSample where the file is shorter than its index says.
+
+        What fails for another reason (a network) is tried again for some seconds.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                data = self.open(path).read(offset, size)
+                break
+            except OSError:
+                with self._lock:
+                    self._files.pop(path, None)
+                if pause is None:
+                    raise
+                time.sleep(pause)
         if len(data) != size:
-            raise ValueError(
+            raise BadSample(
+                Cause.UNREADABLE,
                 f"{path}: {size} bytes expected at byte {offset}, the file holds {len(data)}. "
-                "It changed after it was indexed; start again once it is complete."
+                "It changed after it was indexed.",
             )
         return data
 
@@ -164,56 +184,120 @@ class _Window:
         return data
 
 
-def members(file) -> Iterator[Member]:
+class Damage(typing.NamedTuple):
+    """Bytes `start` to `stop` of an archive, of which no member can be told."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+def members(file, on_damage: Callable[[Damage], None] | None = None) -> Iterator[Member]:
     """The regular files of an archive in their order; `file` comes from `FilePool.open`.
 
-    Links, devices, directories and sparse files are passed over. Raises ValueError, naming the
-    byte offset of the member, where the archive is damaged.
+    Links, devices, directories and sparse files are passed over. Where the archive is damaged,
+    raises ValueError that names the byte; or, with `on_damage`, tells it and goes on at the next
+    header that is whole. An archive without its end mark is damaged: it was cut.
     """
-    window, offset = _Window(file), 0
-    shared: dict[str, str] = {}  # of 'g' headers: for all that follow
-    own: dict[str, str] = {}  # of 'L' and 'x' headers: for the next member
-    while offset < file.size or offset == 0:
+    walk = _Walk(file)
+    while not walk.ended:
         try:
-            block = window.get(offset, _BLOCK)
-            if not block[0] and not block.strip(b"\0"):
-                return
-            _check_sum(block)
-            kind, size = block[156:157], _number(block[124:136])
-            body = offset + _BLOCK
-            if kind in b"LKxgX":
-                if size > _MAX_NAME_RECORD:
-                    raise ValueError(f"a name record of {size} bytes")
-                _keep_record(kind, window.get(body, size), own, shared)
-                offset = body + _blocks(size)
-                continue
-            records, own = {**shared, **own}, {}
-            size = int(records.get("size", size))
-            if kind == b"S":
-                body = _after_sparse_map(window, block, body)
-            end = body if kind in _BODILESS else body + size
-            if not body <= end <= file.size:
-                raise ValueError(f"its body of {size} bytes reaches over the end of the file")
+            member = walk.step()
         except ValueError as error:
-            raise ValueError(f"damaged at byte {offset}: {error}") from error
+            start = walk.offset
+            if on_damage is None:
+                raise ValueError(f"damaged at byte {start}: {error}") from error
+            walk.recover()
+            on_damage(Damage(start, walk.offset, str(error)))
+        else:
+            if member is not None:
+                yield member
+
+
+class _Walk:
+    """Goes over the headers of an archive; `offset` is that of the next one."""
+
+    def __init__(self, file):
+        self._file, self._window, self.offset, self.ended = file, _Window(file), 0, False
+        self._shared: dict[str, str] = {}  # of 'g' headers: for all that follow
+        self._own: dict[str, str] = {}  # of 'L' and 'x' headers: for the next member
+
+    def step(self) -> Member | None:
+        """Reads one header: the member, None if it is no regular file. Raises ValueError."""
+        if self.offset >= self._file.size:
+            raise ValueError("the archive has no end mark: it was cut, or is not finished")
+        block = self._window.get(self.offset, _BLOCK)
+        if not block[0] and not block.strip(b"\0"):
+            return self._end()
+        _check_sum(block)
+        kind, size = block[156:157], _number(block[124:136])
+        body = self.offset + _BLOCK
+        if kind in b"LKxgX":
+            if size > _MAX_NAME_RECORD:
+                raise ValueError(f"a name record of {size} bytes")
+            self._keep_record(kind, self._window.get(body, size))
+            self.offset = body + _blocks(size)
+            return None
+        records = {**self._shared, **self._own}
+        size = int(records.get("size", size))
+        if kind == b"S":
+            body = _after_sparse_map(self._window, block, body)
+        end = body if kind in _BODILESS else body + size
+        if not body <= end <= self._file.size:
+            raise ValueError(f"its body of {size} bytes reaches over the end of the file")
+        self._own = {}
+        self.offset = body + _blocks(end - body)
         name = records.get("path") or _header_name(block)
         sparse = any(key.startswith("GNU.sparse.") for key in records)
-        if kind in _REGULAR and not name.endswith("/") and not sparse:
-            yield Member(name, body, size)
-        offset = body + _blocks(end - body)
+        regular = kind in _REGULAR and not name.endswith("/") and not sparse
+        return Member(name, body, size) if regular else None
+
+    def recover(self) -> None:
+        """Goes to the next header that is whole after this offset, or to the end of the file."""
+        self._own = {}
+        start = self.offset + _BLOCK
+        while start < self._file.size:
+            chunk = self._file.read(start, _SCAN + _BLOCK)
+            at = chunk.find(_MAGIC)
+            while 0 <= at < _SCAN + _MAGIC_AT:
+                header, rest = divmod(at - _MAGIC_AT, _BLOCK)
+                header *= _BLOCK
+                if rest == 0 and header >= 0 and _is_header(chunk[header : header + _BLOCK]):
+                    self.offset = start + header
+                    return
+                at = chunk.find(_MAGIC, at + 1)
+            start += _SCAN
+        self.offset, self.ended = self._file.size, True
+
+    def _end(self) -> None:
+        """A block of zeros: the end, if nothing else follows."""
+        start = self.offset
+        while start < self._file.size:
+            chunk = self._file.read(start, _SCAN)
+            if chunk.strip(b"\0"):
+                raise ValueError("zeros before the end: a header is lost, or archives were joined")
+            start += len(chunk) or _SCAN
+        self.ended = True
+
+    def _keep_record(self, kind: bytes, data: bytes) -> None:
+        if kind == b"L":
+            self._own["path"] = _text(data)
+        elif kind == b"g":
+            self._shared.update(_pax_records(data))
+        elif kind in b"xX":
+            self._own.update(_pax_records(data))
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _check_sum(block)
+        return len(block) == _BLOCK and block[156:157] in _KINDS
+    except ValueError:
+        return False
 
 
 def _blocks(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _keep_record(kind: bytes, data: bytes, own: dict[str, str], shared: dict[str, str]) -> None:
-    if kind == b"L":
-        own["path"] = _text(data)
-    elif kind == b"g":
-        shared.update(_pax_records(data))
-    elif kind in b"xX":
-        own.update(_pax_records(data))
 
 
 def _header_name(block: bytes) -> str:

@@ -63,6 +63,12 @@ class Tokenizer:
         self._adds_space = getattr(self._backend.pre_tokenizer, "add_prefix_space", False)
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}  # for worker processes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def _find_around(self) -> tuple[list[int], list[int]]:
         """The ids that the file's post-processor puts before and after a text."""
         encoding = self._backend.encode("a")

@@ -1,118 +1,55 @@
 """WebDataset shards (tar files) as a random-access source, read where they lie.
 
-A sample is the members of one shard that share a *key*, the name up to the first dot after the last
-slash; the rest of the name is the *field*: `000017.image.jpg` is field `image.jpg` of key `000017`.
-Opening reads the headers of all shards; only the configured fields are ever read after that.
+Opening takes the index of every shard (shard_index.py) and keeps, of the configured fields, eight
+bytes a member; after that only these members are ever read.
 """
 
 import bisect
-from concurrent import futures
-import functools
-import glob
-import logging
+from collections.abc import Mapping
+import hashlib
+import json
 import os
-import re
+from typing import Any, NamedTuple
 
-from etils import epath
 import numpy as np
 
-from t2i_jax.data import tar
+from t2i_jax.data import images, patterns, shard_index, shared, tar
+from t2i_jax.data.bad import BadSample, Cause
+from t2i_jax.data.shard_index import ABSENT, BLOCK, KINDS, ShardIndex
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_GZIP = b"\x1f\x8b"
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """'a-{08..10}' -> a-08, a-09, a-10; '{x,y}' -> x, y; braces with neither stay as they are."""
-    for match in _BRACES.finditer(pattern):
-        bounds = _RANGE.fullmatch(match[1])
-        if bounds:
-            first, last = int(bounds[1]), int(bounds[2])
-            width = len(bounds[1]) if bounds[1].startswith("0") else 0
-            options = [str(i).zfill(width) for i in range(first, last + 1)]
-        elif "," in match[1]:
-            options = match[1].split(",")
-        else:
-            continue
-        head, tail = pattern[: match.start()], pattern[match.end() :]
-        return [path for option in options for path in expand_braces(head + option + tail)]
-    return [pattern]
+_MAX_TEXT, _MAX_IMAGE = 1 << 20, 1 << 28  # bytes of a member; larger ones are not read
+_HEAD = 4096  # bytes of an image that mostly have its size
+_ARRAYS = ("_blocks", "_sizes", "_keys")
 
 
-def _glob(pattern: str) -> list[str]:
-    """The files that a pattern with wildcards names, unsorted."""
-    if not tar.is_remote(pattern):
-        return glob.glob(pattern, recursive=True)
-    parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return [os.fspath(p) for p in epath.Path("/".join(parts[:first])).glob("/".join(parts[first:]))]
+class Field(NamedTuple):
+    """A member of a sample, and with 'json:text.en' the place of a value in it."""
 
+    member: str
+    path: tuple[str, ...] = ()
 
-def _is_file(path: str) -> bool:
-    return epath.Path(path).exists() if tar.is_remote(path) else os.path.isfile(path)
-
-
-def expand(pattern: str) -> list[str]:
-    """The shards that `pattern` names, sorted, each once.
-
-    A pattern is a '::'-separated list of paths with braces ('{0000..2175}', '{a,b}') and wildcards.
-    Raises FileNotFoundError if it names no file, or if a spelled-out one is missing.
-    """
-    shards, missing = set(), []
-    for path in (path for part in pattern.split("::") for path in expand_braces(part.strip())):
-        found = [path] if _is_file(path) else _glob(path) if glob.has_magic(path) else []
-        shards.update(found)
-        if not found:
-            missing.append(path)
-    if missing:
-        where = "" if tar.is_remote(pattern) else f", looked for in {os.getcwd()}"
-        raise FileNotFoundError(
-            f"No file matches {missing[0]!r} (and {len(missing) - 1} more; {len(shards)} shards "
-            f"were found) of data.path {pattern!r}{where}. Expected are WebDataset shards, tar "
-            "files as 'data/cc12m-train-{0000..2175}.tar', a glob, or several joined by '::'; "
-            "download them, narrow the pattern to those that are there, or name others: "
-            "--config.data.path='DIR/*.tar'."
-        )
-    return sorted(shards)
-
-
-class _ShardIndex:
-    """Where the samples of one shard lie: keys (n,), offsets and sizes (n, fields); -1 = absent."""
-
-    def __init__(self, pool: tar.FilePool, path: str, fields: tuple[str, ...], required: int):
-        file = pool.open(path)
-        if file.read(0, 2) == _GZIP:
-            raise ValueError(f"{path} is compressed; samples are read in place: gunzip it first.")
-        column = {field.lower(): i for i, field in enumerate(fields) if field}
-        self.seen: set[str] = set()
-        found: dict[str, list[tuple[int, int]]] = {}
-        try:
-            for member in tar.members(file):
-                match = _NAME.fullmatch(member.name)
-                if match is None:
-                    continue
-                field = match[2].lower()
-                self.seen.add(field)
-                if field in column:
-                    row = found.setdefault(match[1], [(-1, -1)] * len(fields))
-                    row[column[field]] = (member.offset, member.size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}. Download or write that shard again.") from error
-        kept = {k: row for k, row in found.items() if all(at >= 0 for at, _ in row[:required])}
-        self.dropped = [key for key in found if key not in kept]
-        spans = np.array(list(kept.values()), np.int64).reshape(len(kept), len(fields), 2)
-        self.offsets, self.sizes = np.ascontiguousarray(spans[..., 0]), spans[..., 1].copy()
-        self.keys = np.array([os.fsencode(key) for key in kept], np.bytes_)
+    @classmethod
+    def parse(cls, text: str) -> "Field":
+        """Raises ValueError where it is of a kind that is not read."""
+        member, _, path = text.strip().partition(":")
+        kind = member.rpartition(".")[2].lower()
+        if kind not in KINDS or (path and kind != "json"):
+            raise ValueError(
+                f"field {text!r}: members that end in {', '.join(KINDS)} are read, and of JSON "
+                "one value, as 'json:caption'."
+            )
+        return cls(member.lower(), tuple(path.split(".")) if path else ())
 
 
 class WebDataset:
-    """Captioned images in WebDataset shards: `self[i]` reads sample i, in the order of the shards.
+    """Captioned images in WebDataset shards, in the order of the shards.
 
-    `image_field` and `caption_field` are what a sample must have: one that lacks either is left
-    out, counted and reported. `original_caption_field` may be absent from a sample ('' = not read).
-    Raises FileNotFoundError for a pattern without files, ValueError for a damaged shard.
+    `caption_field` may name several, with commas: a sample has those captions that are there. What
+    has an image or a caption is a sample; one that lacks either is a BadSample when it is read.
+    Raises FileNotFoundError for a pattern without files, ValueError where no sample has the fields.
+
+    Attributes:
+      damage: (shard, Damage) of what cannot be told of the shards.
     """
 
     def __init__(
@@ -122,68 +59,160 @@ class WebDataset:
         caption_field: str,
         original_caption_field: str = "",
         num_threads: int = 16,
+        index_dir: str = "",
     ):
-        self._shards = expand(pattern)
+        self._shards = patterns.expand(pattern)
+        self._image = Field.parse(image_field)
+        self._captions = [Field.parse(text) for text in caption_field.split(",")]
+        self._original = Field.parse(original_caption_field) if original_caption_field else None
+        wanted = [self._image, *self._captions, *([self._original] if self._original else [])]
+        self._columns = {member: i for i, member in enumerate(dict.fromkeys(f[0] for f in wanted))}
+        indexes = shard_index.open_all(self._shards, index_dir, num_threads)
+        self._check(pattern, indexes)
+        self._take(indexes)
         self._pool = tar.FilePool()
-        fields = (image_field, caption_field, original_caption_field)
-        index = functools.partial(_ShardIndex, self._pool, fields=fields, required=2)
-        with futures.ThreadPoolExecutor(max(1, num_threads)) as executor:
-            self._index = list(executor.map(index, self._shards))
-        self._starts = np.cumsum([0] + [len(shard.keys) for shard in self._index]).tolist()
-        self._report(pattern, fields)
-
-    def _report(self, pattern: str, fields: tuple[str, ...]) -> None:
-        seen = sorted(set().union(*(shard.seen for shard in self._index)))
-        absent = [field for field in fields if field and field.lower() not in seen]
-        if absent or not len(self):
-            raise ValueError(
-                f"No sample of {pattern!r} has {' and '.join(map(repr, absent or fields[:2]))}; "
-                f"the shards hold the fields {seen[:20]}. Set data.image_field, data.caption_field "
-                "and data.original_caption_field to what is there."
-            )
-        dropped = [
-            f"{os.path.basename(path)}/{key}"
-            for path, shard in zip(self._shards, self._index, strict=True)
-            for key in shard.dropped
+        self.damage = [
+            (shard, damage)
+            for shard, index in zip(self._shards, indexes, strict=True)
+            for damage in index.damage
         ]
-        if dropped:
-            logging.warning(
-                f"{pattern}: {len(dropped)} of {len(dropped) + len(self)} samples are left out: "
-                f"they lack {fields[0]} or {fields[1]}. The first: {', '.join(dropped[:5])}"
+
+    def _check(self, pattern: str, indexes: list[ShardIndex]) -> None:
+        seen = sorted(set().union(*(index.fields for index in indexes)))
+        absent = [member for member in self._columns if member not in seen]
+        if absent or not any(len(index.keys) for index in indexes):
+            damaged = sum(bool(index.damage) for index in indexes)
+            raise ValueError(
+                f"No sample of {pattern!r} has {' and '.join(map(repr, absent or self._columns))}; "
+                f"the shards hold the fields {seen[:20]}"
+                + (f"; {damaged} of {len(indexes)} are damaged" if damaged else "")
+                + ". Set data.image_field, data.caption_field and data.original_caption_field to "
+                "what is there."
             )
+
+    def _take(self, indexes: list[ShardIndex]) -> None:
+        """Keeps the configured columns of the rows that have an image or a caption."""
+        needed = [self._columns[f.member] for f in (self._image, *self._captions)]
+        blocks, sizes, keys = [], [], []
+        for index in indexes:
+            columns = [
+                index.fields.index(member) if member in index.fields else -1
+                for member in self._columns
+            ]
+            absent = np.full((len(index.keys), 1), ABSENT, np.uint32)
+            table = np.concatenate([index.blocks, absent], 1)[:, columns]
+            rows = (table[:, needed] != ABSENT).any(1)
+            blocks.append(table[rows])
+            sizes.append(np.concatenate([index.sizes, absent], 1)[:, columns][rows])
+            keys.append(index.keys[rows])
+        self._starts = np.cumsum([0] + [len(part) for part in keys]).tolist()
+        self._blocks, self._sizes = np.concatenate(blocks), np.concatenate(sizes)
+        self._keys = np.concatenate(keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = {name: shared.pack(getattr(self, name)) for name in _ARRAYS}
+        return {**self.__dict__, **packed, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: shared.unpack(state[name]) for name in _ARRAYS}
+        self.__dict__.update(state, **arrays, _pool=tar.FilePool())
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def _locate(self, i: int) -> tuple[int, int]:
-        """(shard, row) of sample i."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the shards' names and the places of their members."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self._shards:
+            digest.update(os.path.basename(shard).encode() + b"\0")
+        digest.update(self._blocks)
+        digest.update(self._sizes)
+        return digest.hexdigest()
+
+    def _shard(self, i: int) -> str:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        shard = bisect.bisect_right(self._starts, i) - 1
-        return shard, i - self._starts[shard]
+        return self._shards[bisect.bisect_right(self._starts, i) - 1]
 
-    def _read(self, shard: int, row: int, column: int) -> bytes | None:
-        offset = int(self._index[shard].offsets[row, column])
-        if offset < 0:
-            return None
-        return self._pool.read(
-            self._shards[shard], offset, int(self._index[shard].sizes[row, column])
-        )
+    def name(self, i: int) -> str:
+        """'shard/key'."""
+        return f"{os.path.basename(self._shard(i))}/{os.fsdecode(bytes(self._keys[i]))}"
 
-    def _text(self, shard: int, row: int, column: int) -> str | None:
-        data = self._read(shard, row, column)
-        return None if data is None else data.decode("utf-8", "replace").strip()
+    def _has(self, i: int, field: Field) -> bool:
+        return self._blocks[i, self._columns[field.member]] != ABSENT
 
-    def __getitem__(self, i: int) -> dict[str, bytes | str | None]:
-        """The encoded image, its captions and its key, 'shard/key'."""
-        shard, row = self._locate(i)
-        key = os.fsdecode(bytes(self._index[shard].keys[row]))
-        return {
-            "image": self._read(shard, row, 0),
-            "caption": self._text(shard, row, 1),
-            "original_caption": self._text(shard, row, 2),
-            "key": f"{os.path.basename(self._shards[shard])}/{key}",
-        }
+    def _read(self, i: int, field: Field, most: int | None = None) -> bytes:
+        column = self._columns[field.member]
+        size = int(self._sizes[i, column])
+        offset = int(self._blocks[i, column]) * BLOCK
+        size = size if most is None else min(size, most)
+        return self._pool.read(self._shard(i), offset, size)
+
+    def _text(self, i: int, field: Field) -> str | tuple[str, ...]:
+        """The text of a member, or what a JSON has at the field's path: a text or several."""
+        size = int(self._sizes[i, self._columns[field.member]])
+        if size > _MAX_TEXT:
+            raise BadSample(Cause.LONG_CAPTION, f"{field.member} has {size} bytes")
+        try:
+            text = self._read(i, field).decode("utf-8-sig")
+            if not field.path:
+                return text.strip()
+            return _value(json.loads(text), field.path)
+        except BadSample:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            where = ":".join([field.member, ".".join(field.path)]).rstrip(":")
+            raise BadSample(Cause.BROKEN_CAPTION, f"{where}: {error!r}") from error
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """Those that are there, one at least."""
+        self._shard(i)
+        found = [self._text(i, field) for field in self._captions if self._has(i, field)]
+        if not found:
+            names = ", ".join(field.member for field in self._captions)
+            raise BadSample(Cause.MISSING_CAPTION, f"has no {names}")
+        return tuple(t for text in found for t in (text if isinstance(text, tuple) else (text,)))
 
     def caption(self, i: int) -> str:
-        return self._text(*self._locate(i), 1)
+        return self.captions(i)[0]
+
+    def _image_bytes(self, i: int, most: int | None = None) -> bytes:
+        if not self._has(i, self._image):
+            raise BadSample(Cause.MISSING_IMAGE, f"has no {self._image.member}")
+        size = int(self._sizes[i, self._columns[self._image.member]])
+        if size > _MAX_IMAGE:
+            raise BadSample(Cause.TOO_LARGE_IMAGE, f"{self._image.member} has {size} bytes")
+        return self._read(i, self._image, most)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the upright image, from its header."""
+        self._shard(i)
+        try:
+            return images.upright_size(self._image_bytes(i, _HEAD))
+        except BadSample:
+            return images.upright_size(self._image_bytes(i))
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        """The encoded image and its captions; what is wrong with it raises BadSample."""
+        captions = self.captions(i)
+        original = None
+        if self._original and self._has(i, self._original):
+            original = self._text(i, self._original)
+            original = original[0] if isinstance(original, tuple) else original
+        return {
+            "image": self._image_bytes(i),
+            "captions": captions,
+            "original_caption": original,
+        }
+
+
+def _value(tree: Any, path: tuple[str, ...]) -> str | tuple[str, ...]:
+    """The text, or the texts, at `path` of a JSON. Raises KeyError, TypeError."""
+    for name in path:
+        tree = tree[name]
+    if isinstance(tree, str):
+        return tree.strip()
+    if isinstance(tree, list) and tree and all(isinstance(text, str) for text in tree):
+        return tuple(text.strip() for text in tree)
+    raise TypeError(f"a text, or a list of them, is expected, got {type(tree).__name__}")

@@ -1,16 +1,14 @@
 """The training loop: set up, resume, step, watch, save."""
 
-from collections.abc import Iterator
 import json
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 from flax.core import meta
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from t2i_jax import build, checkpoint, convert, frozen, plan, sharding
@@ -18,11 +16,12 @@ from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, UserError
-from t2i_jax.evaluation import pictures
 from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
 from t2i_jax.training import optimizer, pretrain, state, step
-from t2i_jax.training.metrics import MetricWriter, read_metrics
+from t2i_jax.training.feed import feed
+from t2i_jax.training.parts import Parts
+from t2i_jax.training.watch import NonFiniteError, Watch
 
 # What a run may change when it is started again in its working directory; and train.steps, where
 # the schedule does not end with it.
@@ -31,7 +30,10 @@ _MAY_CHANGE = (
     "weights.",
     "autoencoder.tile",
     "data.path",
+    "data.index_dir",
+    "data.max_bad_rate",
     "data.num_threads",
+    "data.num_workers",
     "data.prefetch",
     "train.log_every",
     "checkpoint.",
@@ -44,24 +46,6 @@ _TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 
 class SetupError(UserError):
     """Something that a run needs is not there; the message says what, where, and what to do."""
-
-
-class NonFiniteError(UserError):
-    """The loss or the gradient is no longer a number."""
-
-
-class Parts(NamedTuple):
-    """Everything that a run is made of."""
-
-    config: ConfigDict
-    workdir: epath.Path
-    mesh: jax.sharding.Mesh
-    pipeline: Pipeline  # model, autoencoder, tokenizers and frozen parameters
-    train_loader: loader.Loader
-    validation_source: sources.Source
-    state: state.TrainState
-    train_step: Any  # jitted
-    validate: Any  # jitted
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
@@ -262,12 +246,11 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
         _say(f"resumed at step {start} of {last}")
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
-    watch = _Watch(parts, start)
-    batches = parts.train_loader.batches(start)
+    watch = Watch(parts, start)
+    batches = feed(parts.train_loader.batches(start), mesh, config.data.text_buckets)
     for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
-        batch = sharding.shard_batch(batch, mesh)
-        current, metrics = parts.train_step(current, parts.pipeline.frozen, batch, rng)
-        watch.dispatched(number, metrics)
+        current, metrics = parts.train_step(current, parts.pipeline.frozen, batch.arrays, rng)
+        watch.dispatched(number, metrics, batch.faults)
         if _due(number, config.validation.every, last):
             watch.validate(number, current)
         if _due(number, config.sampling.every, last):
@@ -286,101 +269,3 @@ def _say(text: str) -> None:
 
 def _due(number: int, every: int, last: int) -> bool:
     return every > 0 and (number % every == 0 or number == last)
-
-
-class _Watch:
-    """Reads metrics one step behind, checks and writes them; draws and validates on request."""
-
-    def __init__(self, parts: Parts, start: int):
-        self._parts, config = parts, parts.config
-        self._pending: tuple[int, Any] | None = None
-        self._shown: dict[str, float] = {}
-        self._main = jax.process_index() == 0
-        self._writer = MetricWriter(parts.workdir, start) if self._main else None
-        self._bar = Progress(config.train.steps, start, config.train.batch_size)
-
-    def dispatched(self, number: int, metrics: Any) -> None:
-        """A step is under way: looks at the one before it."""
-        self.settle()
-        self._pending = (number, metrics)
-
-    def settle(self) -> None:
-        """Waits for the pending step. Raises NonFiniteError where it is not finite."""
-        if self._pending is None:
-            return
-        number, metrics = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            self._finish()
-            raise NonFiniteError(
-                f"Step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
-                f"update norm {values['update_norm']}. "
-                "Nothing of it was saved; the newest checkpoint is intact. Lower "
-                "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
-            )
-        config = self._parts.config.train
-        if number % config.log_every == 0 or number == config.steps:
-            self._write(number, values)
-        self._shown["loss"] = values["loss"]
-        self._bar.update(number, **self._shown)
-
-    def validate(self, number: int, current: state.TrainState) -> None:
-        """Loss of the averaged weights on the held-out samples, at fixed times and noise."""
-        self.settle()
-        parts, config = self._parts, self._parts.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
-        losses = []
-        for i, batch in enumerate(_validation_batches(parts)):
-            batch = sharding.shard_batch(batch, parts.mesh)
-            rng = jax.random.fold_in(key, i)
-            losses.append(parts.validate(current.ema, parts.pipeline.frozen, batch, rng))
-        loss = np.mean([np.asarray(x) for x in losses], axis=0)
-        by_time = {
-            f"validation_loss_t{t:g}": float(x)
-            for t, x in zip(config.validation.timesteps, loss, strict=True)
-        }
-        self._write(number, {"validation_loss": float(np.mean(loss)), **by_time})
-        self._shown["validation"] = float(np.mean(loss))
-
-    def draw(self, number: int, current: state.TrainState) -> None:
-        """Pictures of `sampling.prompts` by the averaged weights."""
-        self.settle()
-        prompts = list(self._parts.config.sampling.prompts)
-        images = self._parts.pipeline._replace(params=current.ema).draw(prompts)
-        if self._main:
-            picture = np.asarray(pictures.grid(images, prompts, columns=min(4, len(prompts))))
-            path = self._parts.workdir / "samples" / f"step_{number:07d}.png"
-            self._writer.image(number, "samples", picture, path)
-
-    def close(self) -> None:
-        """After the last step: what is pending, and loss.png."""
-        self.settle()
-        self._finish()
-        if self._main:
-            metrics = read_metrics(self._parts.workdir)
-            if any("loss" in entry for entry in metrics):
-                pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
-
-    def _finish(self) -> None:
-        self._bar.close()
-        if self._main:
-            self._writer.close()
-
-    def _write(self, number: int, values: dict[str, float]) -> None:
-        if self._main:
-            self._writer.scalars(number, values)
-
-
-def _validation_batches(parts: Parts) -> Iterator[Any]:
-    """The held-out samples in order, this process's rows; what fills no batch is left out."""
-    config = parts.config
-    size = min(config.train.batch_size, len(parts.validation_source))
-    size -= size % sharding.batch_shards(parts.mesh)
-    rows = size // jax.process_count()
-    first = jax.process_index() * rows
-    held_out = loader.Loader(
-        parts.validation_source, parts.pipeline.prompts, config.data, rows, config.seed
-    )
-    for start in range(0, len(parts.validation_source) - size + 1, size):
-        yield held_out.fixed_batch(range(start + first, start + first + rows))

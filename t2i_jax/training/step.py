@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from t2i_jax.diffusion import flow, time
+from t2i_jax.models.autoencoder import Moments
 from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.sharding import constrain
@@ -39,11 +40,11 @@ class Objective:
         """Everything that has no gradient: latents, noise, times and what the LLM read.
 
         `batch` is {'image': uint8 (B, H, W, 3), 'ids': (B, T), 'mask': (B, T)}, and with CLIP
-        'clip_ids': (B, 77).
+        'clip_ids': (B, 77). Instead of the image it may have 'moments', uint16 (B, H', W', 2 C):
+        the bits of bfloat16 means and log-variances of the latents.
         """
         key_latent, key_noise, key_time = (jax.random.fold_in(key, i) for i in range(3))
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        z = self.autoencoder.encode(frozen.get("autoencoder", {}), images, key_latent)
+        z = self.latents(frozen, batch, key_latent)
         t_B = time.sample_times(
             key_time,
             z.shape[0],
@@ -60,6 +61,15 @@ class Objective:
             "features": self.read_text(frozen, batch),
             "pooled": self.pool_text(frozen, batch),
         }
+
+    def latents(self, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
+        """A draw of the latents of a batch (B, H', W', C), float32."""
+        if "moments" in batch:
+            moments = jax.lax.bitcast_convert_type(batch["moments"], jnp.bfloat16)
+            mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+            return self.autoencoder.scaled(Moments(mean, logvar).sample(key))
+        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        return self.autoencoder.encode(frozen.get("autoencoder", {}), images, key)
 
     def read_text(self, frozen: Any, batch: Any) -> Any:
         """TextFeatures of a batch, cut off from differentiation."""
@@ -110,7 +120,8 @@ def make_train_step(
     """The pure function (state, frozen, batch, rng) -> (state, metrics); to be jitted once.
 
     `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are
-    float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate.
+    float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate; and
+    where the batch has it, 'bad': the samples that it could not use, by cause, int32 (causes,).
     """
 
     def gradient(params, inputs):
@@ -142,6 +153,8 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
+        if "bad" in batch:
+            metrics["bad"] = jnp.sum(batch["bad"], axis=0)
         return TrainState(step, params, averaged, opt_state), metrics
 
     return train_step

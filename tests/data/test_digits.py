@@ -33,7 +33,7 @@ def test_captions_name_the_digit_in_several_wordings():
         named = {n for n in range(10) if str(n) in caption or WORDS[n] in caption.split()}
         named |= {n for n in range(10) if f"{WORDS[n]}," in caption}
         assert named == {label}, caption
-        assert digits[i]["caption"] == caption and digits[i]["category"] == WORDS[label]
+        assert digits[i]["captions"][0] == caption and digits[i]["category"] == WORDS[label]
         wordings.add(caption.replace(str(label), "#").replace(WORDS[label], "#"))
     assert len(wordings) >= 6
 

@@ -3,10 +3,11 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 import pytest
 
 from t2i_jax.data import images
+from t2i_jax.data.bad import BadSample, Cause
 
 
 def encode(image, format="PNG", **options):
@@ -53,21 +54,28 @@ def test_cmyk_jpeg():
     assert np.abs(pixels - [255, 0, 0]).max() <= 3
 
 
-@pytest.mark.parametrize("orientation, turn", [
-    (1, lambda x: x),
-    (2, lambda x: x[:, ::-1]),
-    (3, lambda x: x[::-1, ::-1]),
-    (6, lambda x: np.rot90(x, -1)),
-    (8, lambda x: np.rot90(x, 1)),
-])  # fmt: skip
-def test_exif_orientation(orientation, turn):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[:8, :8] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for format in ("PNG", "JPEG"):
-        decoded = images.decode(encode(Image.fromarray(pixels), format, exif=exif))
-        np.testing.assert_array_equal(decoded > 127, turn(pixels) > 127)
+    for format in ("PNG", "JPEG", "WEBP"):
+        data = encode(Image.fromarray(pixels), format, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        np.testing.assert_array_equal(images.decode(data) > 127, expected > 127)
+        assert images.upright_size(data) == expected.shape[1::-1]
+        assert expected.shape[:2] == ((16, 24) if orientation < 5 else (24, 16))
+
+
+def test_a_jpeg_has_the_pixels_that_pillow_reads():
+    ramp = np.add.outer(np.arange(37), np.arange(53)) * 2
+    pixels = np.stack([ramp, 255 - ramp, ramp // 2], -1).astype(np.uint8)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
+        for options in ({}, {"progressive": True}, {"quality": 30}):
+            data = encode(image, "JPEG", **options)
+            expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            np.testing.assert_array_equal(images.decode(data), expected)
 
 
 def test_damaged_images_are_refused():
@@ -76,26 +84,42 @@ def test_damaged_images_are_refused():
     for format in ("JPEG", "PNG", "WEBP"):
         data = encode(noise, format)
         for size in (0, 10, len(data) // 2, len(data) - 200):
-            with pytest.raises(images.BadImage):
+            with pytest.raises(BadSample):
                 images.decode(data[:size])
-    with pytest.raises(images.BadImage, match="do not decode"):
+    with pytest.raises(BadSample, match="do not decode"):
         images.decode(b"<html>404</html>")
+    for format in ("GIF", "BMP", "TIFF"):  # read by Pillow, not by us
+        with pytest.raises(BadSample, match="do not decode"):
+            images.decode(encode(noise, format))
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_jpeg_whose_tail_is_lost_is_refused():
+    """Pillow hands out what there is of the second, the rest grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG")
+    half = len(data) // 2
+    for damaged in (data[:half], data[:half] + bytes(half), data[:half] + data[-2:]):
+        with pytest.raises(BadSample):
+            images.decode(damaged)
+    with pytest.raises(BadSample) as error:
+        images.decode(data[:half])
+    assert error.value.cause == Cause.TRUNCATED_IMAGE
 
 
 def test_bombs_are_refused_before_decoding():
     bomb = encode(Image.new("1", (8192, 8193)), compress_level=9)
     assert len(bomb) < 20_000
-    with pytest.raises(images.BadImage, match="8192 x 8193 pixels"):
+    with pytest.raises(BadSample, match="8192 x 8193 pixels"):
         images.decode(bomb)
-    with pytest.raises(images.BadImage, match="too narrow"):
+    with pytest.raises(BadSample, match="too narrow"):
         images.resize_and_crop(np.zeros((1, 20_000, 3), np.uint8), 64)
 
 
 def test_arrays_pass_through_and_are_checked():
     pixels = np.zeros((4, 4, 3), np.uint8)
     assert images.decode(pixels) is pixels
-    assert images.resize_and_crop(pixels, 4) is pixels
+    assert np.shares_memory(images.resize_and_crop(pixels, 4), pixels)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="uint8 pixels"):
             images.decode(wrong)
@@ -146,6 +170,23 @@ def test_the_longer_side_is_rounded_down():
     np.testing.assert_array_equal(images.resize_and_crop(pixels, 20), expected)
     data = encode(Image.fromarray(pixels))
     np.testing.assert_array_equal(images.resize_and_crop(data, 20), expected)
+
+
+def test_shapes_are_covered_then_cropped():
+    """24 x 16 pixels (w x h) to (20, 40) are resized to 40 x 26; to (20, 12), to 30 x 20."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    for shape, resized, at in (((20, 40), (40, 26), (3, 0)), ((20, 12), (30, 20), (0, 9))):
+        whole = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR))
+        expected = whole[at[0] : at[0] + shape[0], at[1] : at[1] + shape[1]]
+        np.testing.assert_array_equal(images.resize_and_crop(pixels, shape), expected)
+
+
+def test_tiny_images():
+    data = encode(Image.new("RGB", (40, 7)))
+    assert images.resize_and_crop(data, 8, least=7).shape == (8, 8, 3)
+    with pytest.raises(BadSample, match="40 x 7 pixels; 8 a side") as error:
+        images.resize_and_crop(data, 8, least=8)
+    assert error.value.cause == Cause.TINY_IMAGE
 
 
 def test_mirror():

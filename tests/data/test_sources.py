@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from t2i_jax.data import sources
+from t2i_jax.data import order, sources
 
 
 class Words:
@@ -50,7 +50,7 @@ def test_webdataset_holds_out_its_last_samples(tmp_path):
     assert [train.caption(i) for i in range(len(train))] == [
         f"synthetic_caption.txt {i}" for i in range(11)
     ]
-    assert [validation[i]["caption"] for i in range(len(validation))] == [
+    assert [validation[i]["captions"][0] for i in range(len(validation))] == [
         f"synthetic_caption.txt {i}" for i in range(11, 15)
     ]
     with pytest.raises(IndexError):
@@ -73,7 +73,7 @@ def test_scenes_and_digits():
             assert len(source) == size
             sample = source[size - 1]
             assert sample["image"].shape == (16, 16, 3) and sample["image"].dtype == np.uint8
-            assert sample["caption"] == source.caption(size - 1)
+            assert sample["captions"][0] == source.caption(size - 1)
 
 
 def test_wrong_names_and_sizes(tmp_path):
@@ -88,8 +88,8 @@ def test_wrong_names_and_sizes(tmp_path):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 1000])
 def test_every_epoch_is_a_new_permutation(length):
-    order = sources.shuffled(length, seed=3)
-    epochs = [[order[e * length + i] for i in range(length)] for e in range(4)]
+    shuffled = order.shuffled(length, 3)
+    epochs = [[shuffled[e * length + i] for i in range(length)] for e in range(4)]
     assert all(sorted(epoch) == list(range(length)) for epoch in epochs)
     if length > 2:
         assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -97,7 +97,7 @@ def test_every_epoch_is_a_new_permutation(length):
 
 def test_neighbouring_seeds_share_no_epoch():
     epochs = {
-        tuple(sources.shuffled(50, seed)[e * 50 + i] for i in range(50))
+        tuple(order.shuffled(50, seed)[e * 50 + i] for i in range(50))
         for seed in range(4)
         for e in range(4)
     }
@@ -106,16 +106,16 @@ def test_neighbouring_seeds_share_no_epoch():
 
 def test_the_order_looks_random():
     n = 2000
-    order = sources.shuffled(n, seed=0)
-    x = np.array([order[i] for i in range(n)])
+    shuffled = order.shuffled(n, 0)
+    x = np.array([shuffled[i] for i in range(n)])
     assert abs(np.corrcoef(np.arange(n), x)[0, 1]) < 0.1  # standard deviation 0.022
     assert abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.1
 
 
 def test_the_order_never_changes():
     """Literal values: a run that is resumed after an upgrade must go on where it was."""
-    order = sources.shuffled(1000, seed=42)
-    assert [order[p] for p in (0, 1, 2, 999, 1000, 10**12)] == [93, 202, 440, 909, 846, 953]
+    shuffled = order.shuffled(1000, 42)
+    assert [shuffled[p] for p in (0, 1, 2, 999, 1000, 10**12)] == [93, 202, 440, 909, 846, 953]
 
 
 def test_captions_are_different_samples_without_pixels():

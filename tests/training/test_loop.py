@@ -22,7 +22,7 @@ from tests import tiny
 def test_a_run_leaves_what_it_promises(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        *("checkpoints", "config.json", "data.json", "llm", "loss.png", "metrics.jsonl"),
+        *("bad_samples", "checkpoints", "config.json", "data.json", "llm", "loss.png", "metrics.jsonl"),
         *("samples", "tensorboard", "tokenizer"),
     }
     assert checkpoint.find(trained)[1] == 4
@@ -52,7 +52,7 @@ def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
         times = [jnp.full(16, t) for t in config.validation.timesteps]
         return [objective.loss_B(params, {**inputs, "t": t}).mean() for t in times]
 
-    batch = held_out.fixed_batch(range(16))
+    batch = held_out.fixed_batch(range(16)).arrays
     host = jax.tree.map(np.asarray, (pipeline.params, pipeline.frozen))
     np.testing.assert_allclose(losses(*host, batch), by_time, rtol=1e-4)
 

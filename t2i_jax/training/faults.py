@@ -1,0 +1,99 @@
+"""Samples that could not be used: all on a list, counted, and no more of them than is allowed."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from t2i_jax import jsonlines
+from t2i_jax.data.bad import Cause
+from t2i_jax.data.samples import Fault
+from t2i_jax.errors import UserError
+from t2i_jax.jsonlines import JsonLines
+
+FOLDER = "bad_samples"
+WINDOW = 2_000  # newest samples among which the rate is taken
+_SHOWN = 10  # of the samples named in a message
+
+
+class DataError(UserError):
+    """More of the data is bad than the config allows."""
+
+
+class FaultLog:
+    """<workdir>/bad_samples/host_N.jsonl: every sample that this host could not use, by name."""
+
+    def __init__(self, workdir: epath.PathLike, host: int = 0, resume_step: int = 0):
+        self._lines = JsonLines(
+            epath.Path(workdir) / FOLDER / f"host_{host:04d}.jsonl", resume_step
+        )
+        self._newest = deque(map(_text, self._lines.kept), _SHOWN)
+        # Outside of the stream of training a sample is told once, however often it is met.
+        self._told = {entry["sample"] for entry in self._lines.kept if entry["position"] is None}
+
+    def add(self, step: int, faults: Iterable[Fault]) -> None:
+        """Those of a batch; `step` is the number of the step that it is for, 0 before the first."""
+        for fault in faults:
+            entry = {**fault._asdict(), "step": step}
+            if fault.step < 0:
+                entry["position"] = None
+                if fault.sample in self._told:
+                    continue
+                self._told.add(fault.sample)
+            self._newest.append(_text(entry))
+            self._lines.append(entry)
+
+    @property
+    def newest(self) -> list[str]:
+        """What was bad, for a message."""
+        return list(self._newest)
+
+    @property
+    def path(self) -> str:
+        return str(self._lines.path)
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def _text(entry: Mapping[str, Any]) -> str:
+    return f"{entry['sample']}: {entry['cause']}, {entry['detail']}"
+
+
+class FaultCount:
+    """How many samples were bad, by cause, of all hosts; raises DataError beyond `max_rate`."""
+
+    def __init__(self, max_rate: float, batch_size: int, start: Sequence[int] | None = None):
+        self.total_C = np.zeros(len(Cause), np.int64) if start is None else np.array(start)
+        self._steps: deque[int] = deque(maxlen=max(1, WINDOW // batch_size))
+        self._limit = max_rate * max(WINDOW, batch_size)
+
+    def add(self, bad_C: np.ndarray) -> None:
+        """Those of one step."""
+        self.total_C = self.total_C + bad_C
+        self._steps.append(int(bad_C.sum()))
+
+    @property
+    def too_many(self) -> bool:
+        return sum(self._steps) > self._limit
+
+    def metrics(self) -> dict[str, int]:
+        """{'bad_samples': ..., 'bad_samples/<cause>': ...} since the run began, if there are."""
+        named = zip(Cause, self.total_C.tolist(), strict=True)
+        found = {f"bad_samples/{cause}": count for cause, count in named if count}
+        return {"bad_samples": int(self.total_C.sum()), **found} if found else {}
+
+
+def count(workdir: epath.PathLike, step: int) -> np.ndarray:
+    """What all hosts' lists have of the training batches up to `step`, by cause: (causes,)."""
+    folder = epath.Path(workdir) / FOLDER
+    files = sorted(folder.glob("host_*.jsonl")) if folder.exists() else []
+    found = Counter(
+        entry["cause"]
+        for file in files
+        for entry in jsonlines.read(file)
+        if entry["step"] <= step and entry["position"] is not None
+    )
+    return np.array([found[str(cause)] for cause in Cause], np.int64)

@@ -1,0 +1,25 @@
+"""Everything that a run is made of."""
+
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+
+from t2i_jax.data import loader, sources
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training import state
+
+
+class Parts(NamedTuple):
+    """What training works with, assembled."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: jax.sharding.Mesh
+    pipeline: Pipeline  # model, autoencoder, tokenizers and frozen parameters
+    train_loader: loader.Loader
+    validation_source: sources.Source
+    state: state.TrainState
+    train_step: Any  # jitted
+    validate: Any  # jitted

@@ -1,0 +1,145 @@
+"""What a run looks at while it trains: losses, norms, held-out samples, pictures, bad samples."""
+
+from collections.abc import Iterator
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2i_jax import sharding
+from t2i_jax.data import loader
+from t2i_jax.data.samples import Fault
+from t2i_jax.errors import UserError
+from t2i_jax.evaluation import pictures
+from t2i_jax.progress import Progress
+from t2i_jax.training import faults, state
+from t2i_jax.training.metrics import MetricWriter, read_metrics
+from t2i_jax.training.parts import Parts
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is no longer a number."""
+
+
+class Watch:
+    """Reads metrics one step behind, checks and writes them; draws and validates on request."""
+
+    def __init__(self, parts: Parts, start: int):
+        self._parts, config = parts, parts.config
+        self._pending: tuple[int, Any] | None = None
+        self._shown: dict[str, float] = {}
+        self._main = jax.process_index() == 0
+        self._writer = MetricWriter(parts.workdir, start) if self._main else None
+        self._bar = Progress(config.train.steps, start, config.train.batch_size)
+        batch_size, rate = config.train.batch_size, config.data.max_bad_rate
+        self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
+        self._faults = faults.FaultLog(parts.workdir, jax.process_index(), start)
+        self._faults.add(0, parts.train_loader.left_out)
+
+    def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
+        """A step is under way: looks at the one before it."""
+        self.settle()
+        self._pending = (number, metrics)
+        self._faults.add(number, bad)
+
+    def settle(self) -> None:
+        """Waits for the pending step. Raises NonFiniteError where it is not finite."""
+        if self._pending is None:
+            return
+        number, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        bad_C = metrics.pop("bad")
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            self._finish()
+            raise NonFiniteError(
+                f"Step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
+                f"update norm {values['update_norm']}. "
+                "Nothing of it was saved; the newest checkpoint is intact. Lower "
+                "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
+            )
+        self._count(number, bad_C)
+        config = self._parts.config.train
+        if number % config.log_every == 0 or number == config.steps:
+            self._write(number, values | self._bad.metrics())
+        self._shown["loss"] = values["loss"]
+        self._bar.update(number, **self._shown)
+
+    def _count(self, number: int, bad_C: np.ndarray) -> None:
+        """Raises DataError where too much of the data is bad."""
+        self._bad.add(bad_C)
+        if self._bad.too_many:
+            self._finish()
+            causes = ", ".join(f"{k}: {v}" for k, v in self._bad.metrics().items())
+            raise faults.DataError(
+                f"Step {number}: more than data.max_bad_rate = "
+                f"{self._parts.config.data.max_bad_rate:g} of the newest {faults.WINDOW} samples "
+                f"cannot be used ({causes}). The newest:\n  "
+                + "\n  ".join(self._faults.newest)
+                + f"\nAll are in {self._faults.path}. Mend the data, or raise the limit; "
+                "the newest checkpoint is intact."
+            )
+
+    def validate(self, number: int, current: state.TrainState) -> None:
+        """Loss of the averaged weights on the held-out samples, at fixed times and noise."""
+        self.settle()
+        parts, config = self._parts, self._parts.config
+        key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
+        losses = []
+        for i, batch in enumerate(_validation_batches(parts)):
+            self._faults.add(number, batch.faults)
+            arrays = sharding.shard_batch(batch.arrays, parts.mesh)
+            rng = jax.random.fold_in(key, i)
+            losses.append(parts.validate(current.ema, parts.pipeline.frozen, arrays, rng))
+        loss = np.mean([np.asarray(x) for x in losses], axis=0)
+        by_time = {
+            f"validation_loss_t{t:g}": float(x)
+            for t, x in zip(config.validation.timesteps, loss, strict=True)
+        }
+        self._write(number, {"validation_loss": float(np.mean(loss)), **by_time})
+        self._shown["validation"] = float(np.mean(loss))
+
+    def draw(self, number: int, current: state.TrainState) -> None:
+        """Pictures of `sampling.prompts` by the averaged weights."""
+        self.settle()
+        prompts = list(self._parts.config.sampling.prompts)
+        images = self._parts.pipeline._replace(params=current.ema).draw(prompts)
+        if self._main:
+            picture = np.asarray(pictures.grid(images, prompts, columns=min(4, len(prompts))))
+            path = self._parts.workdir / "samples" / f"step_{number:07d}.png"
+            self._writer.image(number, "samples", picture, path)
+
+    def close(self) -> None:
+        """After the last step: what is pending, and loss.png."""
+        self.settle()
+        self._finish()
+        if self._main:
+            metrics = read_metrics(self._parts.workdir)
+            if any("loss" in entry for entry in metrics):
+                pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
+
+    def _finish(self) -> None:
+        self._bar.close()
+        self._faults.close()
+        if self._main:
+            self._writer.close()
+
+    def _write(self, number: int, values: dict[str, float]) -> None:
+        if self._main:
+            self._writer.scalars(number, values)
+
+
+def _validation_batches(parts: Parts) -> Iterator[Any]:
+    """The held-out samples in order, this process's rows; what fills no batch is left out."""
+    config = parts.config
+    size = min(config.train.batch_size, len(parts.validation_source))
+    size -= size % sharding.batch_shards(parts.mesh)
+    rows = size // jax.process_count()
+    first = jax.process_index() * rows
+    held_out = loader.Loader(
+        parts.validation_source, parts.pipeline.prompts, config.data, rows, config.seed
+    )
+    for start in range(0, len(parts.validation_source) - size + 1, size):
+        yield held_out.fixed_batch(range(start + first, start + first + rows))
