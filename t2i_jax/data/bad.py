@@ -29,3 +29,6 @@ class BadSample(UserError, ValueError):
     def __init__(self, cause: Cause, detail: str):
         super().__init__(detail)
         self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (self.cause, str(self))

@@ -11,7 +11,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
 from t2i_jax.data.bad import BadSample, Cause
@@ -47,9 +47,11 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _bad(data: bytes, error: Exception) -> BadSample:
+def _bad(data: bytes, error: Exception | str) -> BadSample:
     if isinstance(error, Image.DecompressionBombError):
         return BadSample(Cause.TOO_LARGE_IMAGE, str(error))
+    if isinstance(error, UnidentifiedImageError):  # whose text has an address in memory
+        error = f"no {', '.join(FORMATS)}"
     cut = any(word in str(error).lower() for word in _CUT)
     cause = Cause.TRUNCATED_IMAGE if cut else Cause.BROKEN_IMAGE
     return BadSample(cause, f"{len(data)} bytes that do not decode as an image: {error}")

@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any, NamedTuple
 
+from absl import flags
 import grain
 from ml_collections import ConfigDict
 import numpy as np
@@ -98,6 +99,8 @@ class Loader:
         buffer = -(-self._ahead * parts // workers)
         dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, buffer))
         if self._workers:
+            if not flags.FLAGS.is_parsed():  # by a program that has no flags: grain has some
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, max(1, buffer))
             dataset = dataset.mp_prefetch(options)
         iterator = iter(dataset)

@@ -10,13 +10,13 @@ directly: there is no state.
 
 from collections.abc import Sequence
 import math
-import sys
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 _ORDER, _BUCKET, _REPLACEMENT = 0, 16, 17  # words of the seed; the draws of a sample have 1 to 15
+_SCALE = 1 << 30  # to which weights are rounded
 _WINDOW = 1024  # steps within which the turns of the buckets are shuffled
 NO_BUCKET = -1
 
@@ -29,28 +29,39 @@ class Part(NamedTuple):
     weight: float
 
 
-def _word(*entropy: int) -> int:
-    """Seeds are hashed first: grain's seed of epoch e is seed + e, and neighbours would meet."""
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-
 def shuffled(length: int, *seed: int) -> grain.MapDataset:
-    """Position -> index, without end: every epoch of `length` positions is a new permutation."""
+    """Position -> index, without end: every epoch of `length` positions is a new permutation.
+
+    `seed` is hashed first: grain's seed of epoch e is seed + e, and neighbours would meet.
+    """
     if not 0 < length < 2**32:
         raise ValueError(f"a source of {length} samples; 1 to {2**32 - 1} can be shuffled")
-    word = _word(seed[0], _ORDER, *seed[1:])
+    entropy = (seed[0], _ORDER, *seed[1:])
+    word = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return grain.MapDataset.range(length).shuffle(seed=word).repeat(reseed_each_epoch=True)
 
 
-def _turns(weights: Sequence[float]) -> grain.MapDataset | None:
-    """Number -> (which, how many of it came before), in proportion to the weights, without end."""
-    if len(weights) == 1:
-        return None
-    endless = [
-        grain.MapDataset.range(sys.maxsize).map(lambda k, which=which: (which, k))
-        for which in range(len(weights))
-    ]
-    return grain.MapDataset.mix(endless, weights)
+class _Turns:
+    """Number -> (which, how many of it came before), in proportion to weights, evenly, endlessly.
+
+    Of the first k places, those after the first kind get floor(k r / t), where r of the total t is
+    their weight: place k is theirs if that grows with it, and among them this rule goes on.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        total = math.fsum(weights)
+        self._weights = [max(1, round(_SCALE * weight / total)) for weight in weights]
+        self._total = sum(self._weights)
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        total = self._total
+        for which, weight in enumerate(self._weights):
+            rest = total - weight
+            before = number * rest // total
+            if (number + 1) * rest // total == before:
+                return which, number - before
+            number, total = before, rest
+        raise AssertionError("the last kind has no rest")
 
 
 class _Stream:
@@ -61,10 +72,10 @@ class _Stream:
         self.members = [members[i] for i in kept]
         self._shares = np.array([weights[i] for i in kept], float)
         self._orders = [shuffled(len(members[i]), *seeds[i]) for i in kept]
-        self._turns = _turns(self._shares.tolist())
+        self._turns = _Turns(self._shares.tolist())
 
     def __getitem__(self, number: int) -> int:
-        part, number = (0, number) if self._turns is None else self._turns[number]
+        part, number = self._turns[number]
         return int(self.members[part][self._orders[part][number]])
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -109,16 +120,34 @@ class Order:
             for b, ms in members.items()
         }
         self._buckets = list(members)
-        self._turns = _turns([math.fsum(weights[b]) for b in members])
-        if self._turns is not None:
-            self._turns = self._turns.window_shuffle(_WINDOW, seed=_word(seed, _BUCKET))
+        self._turns = _Turns([math.fsum(weights[b]) for b in members])
+        self._shuffle = shuffled(_WINDOW, seed, _BUCKET)
+        self._windows: dict[int, list[tuple[int, int]]] = {}
 
     def bucket(self, step: int) -> tuple[int, int]:
         """(the bucket of a step, how many steps of that bucket came before)."""
         if self._turns is None:
             return next(iter(self._streams)), step
-        which, number = self._turns[step]
-        return self._buckets[which], number
+        window, place = divmod(step, _WINDOW)
+        if window not in self._windows:
+            if len(self._windows) > 8:
+                self._windows = {}
+            self._windows[window] = self._window(window)
+        return self._windows[window][place]
+
+    def _window(self, window: int) -> list[tuple[int, int]]:
+        """`bucket` of the steps of a window."""
+        steps = range(window * _WINDOW, (window + 1) * _WINDOW)
+        turns = [self._turns[step] for step in steps]
+        before: dict[int, int] = {}
+        for which, number in turns:
+            before.setdefault(which, number)
+        out = []
+        for step in steps:
+            which = turns[self._shuffle[step]][0]
+            out.append((self._buckets[which], before[which]))
+            before[which] += 1
+        return out
 
     def index(self, step: int, row: int) -> int:
         """The sample in a row of the batch of a step."""
