@@ -168,6 +168,16 @@ def load(
     return prompts, *place(config, mesh, found.weights, found.network)
 
 
+def load_autoencoder(config: ConfigDict, mesh: Mesh) -> tuple[Autoencoder, Any]:
+    """The autoencoder alone, and its parameters. Raises ConfigError that names the file."""
+    if problems := _missing(config.weights.autoencoder, "autoencoder"):
+        raise ConfigError("\n".join(problems))
+    with users_files():
+        found, network = _open(config, "autoencoder")
+    autoencoder, params = place(config, mesh, prefixed("autoencoder", found), network)
+    return autoencoder, params["autoencoder"]
+
+
 def place(
     config: ConfigDict, mesh: Mesh, weights: Mapping[str, Source], network: AutoencoderKL | None
 ) -> tuple[Autoencoder, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from ml_collections import ConfigDict
 import numpy as np
 
-from t2i_jax.data import buckets, shard_index
+from t2i_jax.data import buckets, latents, shard_index
 from t2i_jax.data.bad import BadSample
 from t2i_jax.data.order import Part, shuffled
 
@@ -62,6 +62,7 @@ class Mixture:
     Attributes:
       parts: which samples are of which source, and their weights.
       damage: (file, what cannot be told of it), of all sources.
+      files: of all sources.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] = (1.0,)):
@@ -70,6 +71,7 @@ class Mixture:
         spans = itertools.pairwise(self._starts)
         self.parts = [Part(*span, w) for span, w in zip(spans, weights, strict=True)]
         self.damage = [d for source in sources for d in getattr(source, "damage", [])]
+        self.files = sum(getattr(source, "files", 0) for source in sources)
         self.fingerprint = hashlib.blake2b(
             " ".join(source.fingerprint for source in sources).encode(), digest_size=16
         ).hexdigest()
@@ -111,7 +113,7 @@ class Subset:
     def __init__(self, source: Source, start: int, stop: int):
         self.source, self.range = source, range(start, stop)
         self.fingerprint = f"{source.fingerprint}[{start}:{stop}]"
-        self.damage = getattr(source, "damage", [])
+        self.damage, self.files = getattr(source, "damage", []), getattr(source, "files", 0)
 
     def __len__(self) -> int:
         return len(self.range)
@@ -132,6 +134,8 @@ class Subset:
 def _sizes(source: Source, directory: str, threads: int) -> np.ndarray:
     if isinstance(source, Subset):
         return _sizes(source.source, directory, threads)[source.range.start : source.range.stop]
+    if isinstance(source, latents.Latents):
+        return source.sizes_N2
     return buckets.measure(source, directory, threads)
 
 
@@ -152,6 +156,28 @@ def _webdataset(*args) -> Source:
     return webdataset.WebDataset(*args)
 
 
+def _folder(*args) -> Source:
+    from t2i_jax.data import folder
+
+    return folder.Folder(*args)
+
+
+def _arrayrecord(*args) -> Source:
+    from t2i_jax.data import records
+
+    return records.ArrayRecords(*args)
+
+
+def _tfds(*args) -> Source:
+    from t2i_jax.data import tfds
+
+    return tfds.Tfds(*args)
+
+
+def _latents(*args) -> Source:
+    return latents.Latents(*args)
+
+
 @functools.lru_cache(maxsize=16)  # the splits share what can take minutes to open
 def _open(kind: Callable[..., Source], *args) -> Source:
     return kind(*args)
@@ -169,6 +195,10 @@ def _from_files(kind: Callable[..., Source], *settings: str) -> Callable[[Any, s
     return make
 
 
+def _from_latents(data: Any, split: str) -> Source:
+    return hold_out(_open(_latents, data.path), data.validation_size, split)
+
+
 def _from_scenes(data: Any, split: str) -> Source:
     from t2i_jax.data import scenes
 
@@ -184,6 +214,10 @@ def _from_digits(data: Any, split: str) -> Source:
 
 FILES = {  # sources that read data.path
     "webdataset": _from_files(_webdataset, "num_threads", "index_dir"),
+    "folder": _from_files(_folder),
+    "arrayrecord": _from_files(_arrayrecord, "num_threads"),
+    "tfds": _from_files(_tfds),
+    "latents": _from_latents,
 }
 SOURCES: dict[str, Callable[[Any, str], Source]] = {
     **FILES,
@@ -240,6 +274,8 @@ def make_source(config: ConfigDict, split: str) -> Mixture:
             raise ValueError(
                 f"Unknown data.source {section.source!r}; known are {', '.join(SOURCES)}.{hint}"
             )
+        if section.source == "latents":
+            latents.check(latents.read_card(section.path), config)
     made = [SOURCES[section.source](section, split) for section, _ in mixed]
     return Mixture(made, [weight for _, weight in mixed])
 

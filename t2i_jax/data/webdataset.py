@@ -50,6 +50,7 @@ class WebDataset:
 
     Attributes:
       damage: (shard, Damage) of what cannot be told of the shards.
+      files: how many shards there are.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class WebDataset:
         self._check(pattern, indexes)
         self._take(indexes)
         self._pool = tar.FilePool()
+        self.files = len(self._shards)
         self.damage = [
             (shard, damage)
             for shard, index in zip(self._shards, indexes, strict=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from etils import epath
@@ -14,6 +15,9 @@ import optax
 from t2i_jax import build, checkpoint, convert, frozen, plan, sharding
 from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
+from t2i_jax.data.bad import Cause
+from t2i_jax.data.samples import Fault
+from t2i_jax.data.tar import Damage
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.pipeline import Pipeline, trained_params
@@ -41,6 +45,8 @@ _MAY_CHANGE = (
     "sampling.",
     "mesh.",
 )
+_LOST = str(Cause.UNREADABLE)
+_SHOWN = 10  # damaged files that a message names
 _TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 
 
@@ -61,7 +67,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     if start and not resumed and not epath.Path(start).exists():
         raise SetupError(f"weights.start = {start!r}: no such directory.")
     train_source, validation_source = open_data(config)
-    claim(config, workdir, len(train_source))
+    claim(config, workdir, train_source)
     with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, config.checkpoint.keep) as saved:
         make_text_side(config, workdir, mesh, train_source)
         parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
@@ -69,13 +75,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
             return _run(parts, saved)
 
 
-def claim(config: ConfigDict, workdir: epath.Path, samples: int) -> None:
+def claim(config: ConfigDict, workdir: epath.Path, source: sources.Source) -> None:
     """Makes a working directory that of `config`, in <workdir>/config.json, and of its data.
 
     Raises ConfigError where it holds a run of another config, but for keys that a resumed run may
-    change, or of another number of training samples: a position would mean another sample.
+    change, or on other training samples: a position would mean another sample.
     """
-    files = {"config.json": configs.to_json(config), "data.json": json.dumps({"samples": samples})}
+    data = {"samples": len(source), "fingerprint": source.fingerprint}
+    files = {"config.json": configs.to_json(config), "data.json": json.dumps(data)}
     made = any((workdir / part).exists() for part in ("tokenizer", "llm", "checkpoints"))
     if made and (workdir / "config.json").exists():
         before = configs.from_json((workdir / "config.json").read_text())
@@ -85,12 +92,13 @@ def claim(config: ConfigDict, workdir: epath.Path, samples: int) -> None:
                 "Set these back, or give another --workdir."
             )
     if made and (workdir / "data.json").exists():
-        was = json.loads((workdir / "data.json").read_text())["samples"]
-        if was != samples:
+        was = json.loads((workdir / "data.json").read_text())
+        if was != data:
+            same = was["samples"] == data["samples"]
             raise ConfigError(
-                f"{workdir} holds a run on {was} training samples, now there are {samples}: which "
-                "were held out, and which came when, would differ. Give the data as it was, or "
-                "another --workdir."
+                f"{workdir} holds a run on {was['samples']} training samples, now there are "
+                f"{'others, as many' if same else data['samples']}: which were held out, and which "
+                "came when, would differ. Give the data as it was, or another --workdir."
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +110,7 @@ def claim(config: ConfigDict, workdir: epath.Path, samples: int) -> None:
 
 def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
     """What a run that is resumed must not change, and `now` does."""
-    was, wanted = configs.flat(before), configs.flat(now)
+    was, wanted = (_placeless(configs.flat(config)) for config in (before, now))
     free = _MAY_CHANGE
     if now.optimizer.schedule == "constant":
         free += ("train.steps",)
@@ -115,6 +123,12 @@ def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
     ]
 
 
+def _placeless(values: dict[str, Any]) -> dict[str, Any]:
+    """A flat config whose mixture does not say where its files are."""
+    mixture = (re.sub(r"(^|\s)path=(\S*)", r"\1", entry) for entry in values["data.mixture"])
+    return values | {"data.mixture": tuple(mixture)}
+
+
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
     """(training, validation) sources; raises SetupError naming every missing file of the run."""
     problems = frozen.missing(config)
@@ -122,9 +136,28 @@ def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
         opened = tuple(sources.make_source(config, split) for split in sources.SPLITS)
     except (FileNotFoundError, ImportError, ValueError) as error:
         problems.append(str(error))
+    else:
+        problems += _damage(opened[0], config.data.max_bad_rate)
     if problems:
         raise SetupError("\n\n".join(problems))
     return opened
+
+
+def _damage(source: sources.Mixture, max_rate: float) -> list[str]:
+    """A message where more of the files are damaged than the config allows."""
+    damaged = {file for file, _ in source.damage}
+    if len(damaged) <= max_rate * source.files:
+        return []
+    shown = [f"{_bytes(*lost)}: {lost[1].reason}" for lost in source.damage]
+    return [
+        f"{len(damaged)} of {source.files} files are damaged, more than data.max_bad_rate = "
+        f"{max_rate:g}; samples in them are lost. Download or write them again, or raise the "
+        "limit:\n  " + "\n  ".join(shown[:_SHOWN])
+    ]
+
+
+def _bytes(file: str, damage: Damage) -> str:
+    return f"{file.rpartition('/')[2]}, bytes {damage.start} to {damage.stop}"
 
 
 def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) -> None:
@@ -232,6 +265,12 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         Pipeline(config, model, autoencoder, prompts, current.ema, frozen_params, mesh),
         train_loader,
         validation_source,
+        tuple(
+            Fault(
+                -1, -1, f"{file.rpartition('/')[2]}, bytes {d.start} to {d.stop}", _LOST, d.reason
+            )
+            for file, d in train_source.damage
+        ),
         current,
         jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         jax.jit(step.make_validation(objective, tuple(config.validation.timesteps))),

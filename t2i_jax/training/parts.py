@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from t2i_jax.data import loader, sources
+from t2i_jax.data.samples import Fault
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import state
 
@@ -20,6 +21,7 @@ class Parts(NamedTuple):
     pipeline: Pipeline  # model, autoencoder, tokenizers and frozen parameters
     train_loader: loader.Loader
     validation_source: sources.Source
+    damage: tuple[Fault, ...]  # of the files that the data is in
     state: state.TrainState
     train_step: Any  # jitted
     validate: Any  # jitted

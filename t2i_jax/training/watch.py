@@ -35,7 +35,7 @@ class Watch:
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
         self._faults = faults.FaultLog(parts.workdir, jax.process_index(), start)
-        self._faults.add(0, parts.train_loader.left_out)
+        self._faults.add(0, (*parts.damage, *parts.train_loader.left_out))
 
     def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
         """A step is under way: looks at the one before it."""

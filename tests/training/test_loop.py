@@ -1,5 +1,6 @@
 """The loop: what a run writes, how it goes on, and when it refuses to."""
 
+import json
 import math
 import shutil
 
@@ -22,7 +23,15 @@ from tests import tiny
 def test_a_run_leaves_what_it_promises(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        *("bad_samples", "checkpoints", "config.json", "data.json", "llm", "loss.png", "metrics.jsonl"),
+        *(
+            "bad_samples",
+            "checkpoints",
+            "config.json",
+            "data.json",
+            "llm",
+            "loss.png",
+            "metrics.jsonl",
+        ),
         *("samples", "tensorboard", "tokenizer"),
     }
     assert checkpoint.find(trained)[1] == 4
@@ -62,6 +71,18 @@ def test_a_finished_run_has_nothing_to_do(trained):
     final = loop.train(tiny.config(**tiny.WATCHED), trained)
     assert final.step == 4
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+class Counted:
+    """A source as `claim` sees it."""
+
+    fingerprint = "f00"
+
+    def __init__(self, length):
+        self._length = length
+
+    def __len__(self):
+        return self._length
 
 
 def poisoned(number):
@@ -120,20 +141,22 @@ def test_another_length_is_refused_where_the_schedule_ends_with_it(trained, tmp_
 def test_a_language_model_of_another_origin_is_refused(trained):
     config = tiny.config(**tiny.WATCHED, weights__llm="elsewhere", weights__tokenizer="elsewhere")
     with pytest.raises(ConfigError, match=r"weights\.llm = 'elsewhere', was ''"):
-        loop.claim(config, trained, 1_000_000)
+        loop.claim(config, trained, Counted(1_000_000))
 
 
 def test_data_that_grew_is_refused(trained):
+    was = json.loads((trained / "data.json").read_text())
+    assert was["samples"] == 1_000_000 and was["fingerprint"]
     with pytest.raises(ConfigError, match="1000000 training samples, now there are 1000001"):
-        loop.claim(tiny.config(**tiny.WATCHED), trained, 1_000_001)
+        loop.claim(tiny.config(**tiny.WATCHED), trained, Counted(1_000_001))
 
 
 def test_a_directory_in_which_nothing_was_made_is_free(tmp_path):
-    loop.claim(tiny.config(), tmp_path, 5)
-    loop.claim(tiny.config(seed=3), tmp_path, 6)
+    loop.claim(tiny.config(), tmp_path, Counted(5))
+    loop.claim(tiny.config(seed=3), tmp_path, Counted(6))
     (tmp_path / "llm").mkdir()
     with pytest.raises(ConfigError, match="seed = 42, was 3"):
-        loop.claim(tiny.config(), tmp_path, 6)
+        loop.claim(tiny.config(), tmp_path, Counted(6))
 
 
 def test_a_language_model_that_diverges_is_not_kept(tmp_path):
