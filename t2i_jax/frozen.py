@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, checkpoint, sharding
+from t2i_jax.data import sources
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, users_files
@@ -32,6 +33,7 @@ from t2i_jax.interop.mapping import Mapped, Source, materialise
 from t2i_jax.interop.stored import of_part, prefixed
 from t2i_jax.models.autoencoder import Autoencoder, AutoencoderKL
 
+_TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 PARTS = ("llm", "autoencoder", "clip")
 _NOT_OF_THE_FILES = ("unroll", "softcap_shared", "tile")  # keys that say how, not what
 _AT_MOST = ("num_layers", "max_tokens")  # may be less than the files have
@@ -57,6 +59,12 @@ def tokenizer_path(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
 def llm_path(workdir: epath.PathLike) -> epath.Path:
     """Where a language model that the run pre-trains is, or will be."""
     return epath.Path(workdir) / "llm"
+
+
+def train_tokenizer(config: ConfigDict, source: sources.Source) -> Tokenizer:
+    """What a run without weights.tokenizer makes of the captions of its data."""
+    captions = sources.captions(source, _TOKENIZER_CAPTIONS, config.seed)
+    return Tokenizer.train(captions, config.pretrain.vocab_size)
 
 
 def _clip_tokenizer_path(config: ConfigDict) -> epath.Path | None:

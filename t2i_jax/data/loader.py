@@ -8,7 +8,10 @@ and neither the number of hosts nor that of threads or worker processes changes 
 from collections.abc import Iterator, Sequence
 import functools
 import json
+import multiprocessing
+import os
 import sys
+import threading
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -102,7 +105,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # by a program that has no flags: grain has some
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, max(1, buffer))
-            dataset = dataset.mp_prefetch(options)
+            dataset = dataset.mp_prefetch(options, _end_with_parent)
         iterator = iter(dataset)
         self._iterators.add(iterator)
         try:
@@ -159,6 +162,16 @@ class _Maker:
                 arrays["bad"][i, _CAUSES[fault.cause]] += 1
         faults = json.dumps([fault for row in rows for fault in row.faults])
         return {**arrays, _FAULTS: np.frombuffer(faults.encode(), np.uint8)}
+
+
+def _end_with_parent(*_) -> None:
+    """In a worker: ends it when its parent is gone, killed perhaps, and asks for nothing more."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _joined(parts: list[Arrays]) -> Batch:

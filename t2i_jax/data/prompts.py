@@ -67,8 +67,13 @@ class Prompts:
         clip_ids, _ = self._clip_tokenizer.encode(texts, self._clip_length)
         return {"ids": ids, "mask": mask, "clip_ids": clip_ids}
 
+    def counts(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption makes with what is put around it, before it is cut."""
+        texts = self._texts(captions)
+        spoken = iter(self._rows([text for text in texts if text], None))
+        (silent,) = self.tokenizer.rows([""])
+        return [len(next(spoken) if text else silent) for text in texts]
+
     def cut(self, captions: Sequence[str]) -> list[bool]:
         """Which of the captions are longer than T tokens, so that their end is not read."""
-        spoken = [text for text in self._texts(captions) if text]
-        long = iter(len(row) > self.length for row in self._rows(spoken, None))
-        return [next(long) if caption else False for caption in captions]
+        return [count > self.length for count in self.counts(captions)]

@@ -100,7 +100,9 @@ def cache_directory() -> Path:
 
 def _places(path: str, directory: str) -> list[epath.Path]:
     """Where the index of a shard may be: in `directory`, or ('') beside it or in the cache."""
-    name = f"{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}-{os.path.basename(path)}"
+    name = (
+        f"{hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()}-{os.path.basename(path)}"
+    )
     if directory:
         return [epath.Path(directory) / f"{name}{SUFFIX}"]
     return [epath.Path(path + SUFFIX), epath.Path(cache_directory()) / f"{name}{SUFFIX}"]

@@ -18,6 +18,7 @@ import numpy as np
 
 from t2i_jax.data import buckets, latents, shard_index
 from t2i_jax.data.bad import BadSample
+from t2i_jax.data.built_in import BuiltIn
 from t2i_jax.data.order import Part, shuffled
 
 SPLITS = ("train", "validation")
@@ -136,6 +137,8 @@ def _sizes(source: Source, directory: str, threads: int) -> np.ndarray:
         return _sizes(source.source, directory, threads)[source.range.start : source.range.stop]
     if isinstance(source, latents.Latents):
         return source.sizes_N2
+    if isinstance(source, BuiltIn):
+        return np.full((len(source), 2), source.image_size, np.uint32)
     return buckets.measure(source, directory, threads)
 
 

@@ -32,9 +32,9 @@ def grid(
             f"{len(captions)} captions, {columns} columns."
         )
     columns = min(columns, len(images))
-    font = _font(max(10, cell // 12))
-    line = sum(font.getmetrics()) + 1
-    texts = [_wrap(caption, font, cell) for caption in captions]
+    letters = font(max(10, cell // 12))
+    line = sum(letters.getmetrics()) + 1
+    texts = [wrap(caption, letters, cell) for caption in captions]
     rows = range(0, len(images), columns)
     tops, y = [], GAP
     for row in rows:
@@ -44,15 +44,15 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = GAP + (i % columns) * (cell + GAP), tops[i // columns]
-        picture = _fit(np.asarray(image), cell)
+        picture = fit(np.asarray(image), cell)
         offset = ((cell - picture.width) // 2, (cell - picture.height) // 2)
         sheet.paste(picture, (left + offset[0], top + offset[1]))
         for k, words in enumerate(text):
-            draw.text((left, top + cell + 4 + k * line), words, fill=_INK, font=font)
+            draw.text((left, top + cell + 4 + k * line), words, fill=_INK, font=letters)
     return sheet
 
 
-def _fit(image: np.ndarray, cell: int) -> Image.Image:
+def fit(image: np.ndarray, cell: int) -> Image.Image:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"An image is uint8 (H, W, 3), got {image.dtype} {image.shape}.")
     height, width = image.shape[:2]
@@ -64,13 +64,13 @@ def _fit(image: np.ndarray, cell: int) -> Image.Image:
     return Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib brings it: the same on every machine."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines of at most `width` pixels; a word that is longer is broken."""
     lines = [""]
     for word in text.split():

@@ -47,7 +47,6 @@ _MAY_CHANGE = (
 )
 _LOST = str(Cause.UNREADABLE)
 _SHOWN = 10  # damaged files that a message names
-_TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 
 
 class SetupError(UserError):
@@ -167,8 +166,7 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
     """
     path = frozen.tokenizer_path(config, workdir)
     if not config.weights.tokenizer and not path.exists():
-        captions = sources.captions(source, _TOKENIZER_CAPTIONS, config.seed)
-        tokenizer = Tokenizer.train(captions, config.pretrain.vocab_size)
+        tokenizer = frozen.train_tokenizer(config, source)
         if jax.process_index() == 0:
             tokenizer.save(path)
         _say(f"tokenizer: {tokenizer.vocab_size} tokens, trained on the captions")

@@ -3,6 +3,9 @@
 import io
 import itertools
 import multiprocessing
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -57,9 +60,13 @@ class Marked:
         return 12, 9
 
 
+def make_tokenizer():
+    return Tokenizer.train((f"colour {i}" for i in range(300)), 300)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train((f"colour {i}" for i in range(300)), 300)
+    return make_tokenizer()
 
 
 def make(tokenizer, source, batch_size=8, hosts=(0, 1), **options):
@@ -205,3 +212,34 @@ def test_worker_processes_make_the_same_batches_and_end(tokenizer):
         assert batch.faults == other.faults and batch.arrays.keys() == other.arrays.keys()
         for name in batch.arrays:
             np.testing.assert_array_equal(batch.arrays[name], other.arrays[name])
+
+
+_KILLED = """
+import multiprocessing, sys, time
+sys.path.insert(0, {root!r})
+from tests.data.test_samples import Marked, make, make_tokenizer
+if __name__ == "__main__":
+    one = make(make_tokenizer(), Marked(48), num_workers=2)
+    batches = one.batches()
+    next(batches)
+    print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_worker_processes_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED.format(root=str(pathlib.Path(__file__).parents[2])))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+
+    def alive(pid):
+        stat = pathlib.Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))

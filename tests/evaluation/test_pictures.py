@@ -57,12 +57,12 @@ def test_captions_are_wrapped_under_their_image():
 
 
 def test_wrap_keeps_all_letters_in_lines_that_fit():
-    font = pictures._font(12)
+    font = pictures.font(12)
     text = "one " + "w" * 60 + " two"
-    lines = pictures._wrap(text, font, 100)
+    lines = pictures.wrap(text, font, 100)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert max(map(font.getlength, lines)) <= 100 and len(lines) > 4
-    assert pictures._wrap("", font, 100) == [""]
+    assert pictures.wrap("", font, 100) == [""]
 
 
 @pytest.mark.parametrize(

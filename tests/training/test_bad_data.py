@@ -93,7 +93,11 @@ def test_training_stops_at_the_limit_and_names_what_is_bad(data, run, tmp_path):
         loop.train(config(data, data__max_bad_rate=0.0, train__steps=40, **alone), workdir)
     text = str(error.value)
     assert "more than data.max_bad_rate = 0 of the newest 2000 samples" in text
-    assert "truncated_image, " in text and "bytes that do not decode" in text and "host_0000.jsonl" in text
+    assert (
+        "truncated_image, " in text
+        and "bytes that do not decode" in text
+        and "host_0000.jsonl" in text
+    )
 
 
 def test_shards_beyond_the_limit_are_refused_at_the_start(data, tmp_path):
