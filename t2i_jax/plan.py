@@ -32,7 +32,8 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     tokens = height * width // c.dit.patch_size**2
     grid = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     kind = jax.devices()[0].device_kind
-    source = c.data.path or "built in"
+    mixed = ", ".join(f"({entry})" for entry in c.data.mixture)
+    source = f"a mixture of {mixed}" if mixed else f"{c.data.source}, {c.data.path or 'built in'}"
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
         *_networks(c, build.count(trained), {k: build.count(v) for k, v in frozen.items()}),
@@ -40,9 +41,10 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
             "images",
             f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
             f"{tokens} tokens, with up to {c.data.max_text_tokens} of text"
-            + (" and the instruction's" if c.data.instruction or c.data.chat_template else ""),
+            + (" and the instruction's" if c.data.instruction or c.data.chat_template else "")
+            + (f"; or {', '.join(c.data.buckets)} px" if c.data.buckets else ""),
         ),
-        ("data", f"{c.data.source}, {source}; captions dropped {c.data.caption_dropout:.0%}"),
+        ("data", f"{source}; captions dropped {c.data.caption_dropout:.0%}"),
         ("mesh", f"{mesh.size} {kind}: {grid}"),
         (
             "batch",

@@ -23,12 +23,20 @@ class DataError(UserError):
 
 
 class FaultLog:
-    """<workdir>/bad_samples/host_N.jsonl: every sample that this host could not use, by name."""
+    """<workdir>/bad_samples/host_N.jsonl: every sample that this host could not use, by name.
 
-    def __init__(self, workdir: epath.PathLike, host: int = 0, resume_step: int = 0):
-        self._lines = JsonLines(
-            epath.Path(workdir) / FOLDER / f"host_{host:04d}.jsonl", resume_step
-        )
+    What hosts that are no more wrote after `resume_step` is dropped too.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, host: int = 0, hosts: int = 1, resume_step: int = 0
+    ):
+        folder = epath.Path(workdir) / FOLDER
+        self._lines = JsonLines(folder / f"host_{host:04d}.jsonl", resume_step)
+        for file in folder.glob("host_*.jsonl"):
+            number = int(file.stem.removeprefix("host_"))
+            if number >= hosts and number % hosts == host:
+                JsonLines(file, resume_step).close()
         self._newest = deque(map(_text, self._lines.kept), _SHOWN)
         # Outside of the stream of training a sample is told once, however often it is met.
         self._told = {entry["sample"] for entry in self._lines.kept if entry["position"] is None}

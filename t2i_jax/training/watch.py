@@ -34,7 +34,8 @@ class Watch:
         self._bar = Progress(config.train.steps, start, config.train.batch_size)
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
-        self._faults = faults.FaultLog(parts.workdir, jax.process_index(), start)
+        hosts = jax.process_index(), jax.process_count()
+        self._faults = faults.FaultLog(parts.workdir, *hosts, start)
         self._faults.add(0, (*parts.damage, *parts.train_loader.left_out))
 
     def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
@@ -138,8 +139,10 @@ def _validation_batches(parts: Parts) -> Iterator[Any]:
     size -= size % sharding.batch_shards(parts.mesh)
     rows = size // jax.process_count()
     first = jax.process_index() * rows
+    data = config.data.copy_and_resolve_references().unlock()
+    data.buckets = ()  # all are of the square
     held_out = loader.Loader(
-        parts.validation_source, parts.pipeline.prompts, config.data, rows, config.seed
+        parts.validation_source, parts.pipeline.prompts, data, rows, config.seed
     )
     for start in range(0, len(parts.validation_source) - size + 1, size):
         yield held_out.fixed_batch(range(start + first, start + first + rows))

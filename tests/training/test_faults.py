@@ -13,7 +13,7 @@ HELD_OUT = Fault(-1, 3, "a.tar/9", "tiny_image", "1 x 1")
 
 
 def test_every_fault_is_a_line_and_resuming_continues(tmp_path):
-    log = faults.FaultLog(tmp_path, host=2)
+    log = faults.FaultLog(tmp_path, host=2, hosts=3)
     log.add(0, [HELD_OUT])
     log.add(1, [ONE])
     log.add(2, [TWO, ONE])
@@ -28,7 +28,7 @@ def test_every_fault_is_a_line_and_resuming_continues(tmp_path):
     ]
     assert entries[1] == {**ONE._asdict(), "step": 1}
     assert entries[0]["position"] is None
-    resumed = faults.FaultLog(tmp_path, host=2, resume_step=1)
+    resumed = faults.FaultLog(tmp_path, host=2, hosts=3, resume_step=1)
     resumed.add(1, [HELD_OUT])
     resumed.add(2, [TWO, ONE])
     assert resumed.newest[-1] == "a.tar/1: broken_image, no image"
@@ -38,7 +38,7 @@ def test_every_fault_is_a_line_and_resuming_continues(tmp_path):
 
 def test_counts_of_all_hosts_go_on_after_a_resume(tmp_path):
     for host in range(2):
-        log = faults.FaultLog(tmp_path, host)
+        log = faults.FaultLog(tmp_path, host, hosts=2)
         log.add(0, [HELD_OUT])
         log.add(1, [ONE])
         log.add(5, [TWO])
@@ -50,6 +50,17 @@ def test_counts_of_all_hosts_go_on_after_a_resume(tmp_path):
     counted = faults.FaultCount(0.5, 8, faults.count(tmp_path, 4))
     assert counted.metrics() == {"bad_samples": 2, "bad_samples/broken_image": 2}
     assert faults.FaultCount(0.5, 8).metrics() == {}
+
+
+def test_hosts_that_are_no_more_leave_nothing_behind(tmp_path):
+    for host in range(5):
+        log = faults.FaultLog(tmp_path, host, hosts=5)
+        log.add(1, [ONE])
+        log.add(9, [TWO])
+        log.close()
+    for host in range(2):  # resumed at step 4 by two hosts
+        faults.FaultLog(tmp_path, host, hosts=2, resume_step=4).close()
+    assert faults.count(tmp_path, 100).sum() == 5
 
 
 def _of(count):
