@@ -18,6 +18,7 @@ from t2i_jax.data.bad import BadSample, Cause
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # nothing else is ever decoded
 MAX_PIXELS = 1 << 26  # of an image, before and after resizing: 8192^2; more is refused undecoded
+_MAX_WORK = 1 << 32  # pixels times scans of a JPEG, some seconds; progressive ones have ten scans
 
 _DAMAGE = (OSError, SyntaxError, EOFError, ValueError, IndexError, TypeError, KeyError)
 _DAMAGE += (struct.error, zlib.error, OverflowError, Image.DecompressionBombError)
@@ -84,23 +85,85 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"uint8 pixels (H, W, 3) wanted, got {image.dtype} {image.shape}")
         return image
+    if _is_plain_jpeg(image):
+        return _decode_plain_jpeg(image)
     opened = _open(image)
     try:
-        if opened.format == "JPEG" and opened.mode in ("RGB", "L"):
+        if opened.format in ("JPEG", "MPO"):  # MPO: with further pictures behind the first
             pixels = _decode_jpeg(image, opened)
         else:
+            if opened.format == "PNG":
+                _check_png(image)
             opened.load()
             pixels = np.asarray(_to_rgb(opened))
         return _TURNS.get(_orientation(opened), lambda pixels: pixels)(pixels)
+    except BadSample:
+        raise
     except _DAMAGE as error:
         raise _bad(image, error) from error
 
 
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether nothing but the pixels is to be read of a JPEG: no Exif or XMP turns it (APP1)."""
+    if data[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while data[at : at + 1] == b"\xff" and len(data) > at + 4:
+        marker = data[at + 1]
+        if marker in (0xE1, 0xDA):
+            return marker == 0xDA
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray:
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space in ("YCbCr", "RGB", "Gray"):
+            _check_work(data, width, height)
+            return simplejpeg.decode_jpeg(data, "RGB")
+        return _decode_jpeg(data, _open(data))
+    except BadSample:
+        raise
+    except _DAMAGE as error:
+        raise _bad(data, error) from error
+
+
+def _check_work(data: bytes, width: int, height: int) -> None:
+    """Raises BadSample for too many pixels, or scans: an empty one costs as much as a full one."""
+    if width * height > MAX_PIXELS:
+        size = f"{width} x {height} pixels"
+        raise BadSample(Cause.TOO_LARGE_IMAGE, f"{size}; at most {MAX_PIXELS} are read")
+    if data.count(b"\xda") * width * height <= _MAX_WORK:  # no fewer, and quickly counted
+        return
+    scans = data.count(b"\xff\xda")
+    if scans * width * height > _MAX_WORK:
+        raise BadSample(Cause.TOO_LARGE_IMAGE, f"{scans} scans of {width} x {height} pixels")
+
+
 def _decode_jpeg(data: bytes, header: Image.Image) -> np.ndarray:
     """The pixels as stored, not turned upright."""
+    _check_work(data, *header.size)
     if simplejpeg.decode_jpeg_header(data)[:2] != header.size[::-1]:
         raise ValueError("its headers disagree about its size")
-    return simplejpeg.decode_jpeg(data, "RGB")
+    if header.mode in ("RGB", "L"):
+        return simplejpeg.decode_jpeg(data, "RGB")
+    simplejpeg.decode_jpeg(data, "CMYK")  # raises where there is damage, which Pillow passes over
+    return np.asarray(_to_rgb(header))
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError where the pixels are damaged: Pillow does not look at their checksums."""
+    at, kind = 8, b"IHDR"
+    while kind.isalpha() and kind != b"IEND" and at < len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 8 + size
+        if end + 4 > len(data):
+            raise ValueError("truncated inside of a chunk")
+        checksum = zlib.crc32(memoryview(data)[at + 4 : end]) if kind == b"IDAT" else None
+        if checksum not in (None, int.from_bytes(data[end : end + 4], "big")):
+            raise ValueError("a checksum of its pixels does not match")
+        at = end + 4
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

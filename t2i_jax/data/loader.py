@@ -5,7 +5,7 @@ Host h of H takes the h-th part of the rows of every global batch; which samples
 and neither the number of hosts nor that of threads or worker processes changes a pixel.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import functools
 import json
 import multiprocessing
@@ -117,8 +117,8 @@ class Loader:
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
         """The samples `indices` of the source: nothing dropped or mirrored, cropped centrally."""
-        rows = [self._maker.samples.fixed(index, self._square) for index in indices]
-        return _joined([self._maker.arrays(rows)])
+        rows = (self._maker.samples.fixed(index, self._square) for index in indices)
+        return _joined([self._maker.arrays(rows, len(indices))])
 
     def close(self) -> None:
         """Stops the threads and processes of all iterators."""
@@ -145,7 +145,8 @@ class _Maker:
     def part(self, step: int, first: int, last: int) -> Arrays:
         """Rows `first` to `last` of this host's batch at `step`."""
         shape = self._shape(step)
-        return self.arrays([self.samples.read(step, row, shape) for row in self.rows[first:last]])
+        rows = self.rows[first:last]
+        return self.arrays((self.samples.read(step, row, shape) for row in rows), len(rows))
 
     def numbered(self, parts: int, number: int) -> Arrays:
         """Part `number` of all parts of all batches, `parts` to a batch."""
@@ -153,15 +154,21 @@ class _Maker:
         count = len(self.rows)
         return self.part(step, k * count // parts, (k + 1) * count // parts)
 
-    def arrays(self, rows: list[Row]) -> Arrays:
-        arrays = {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
-        arrays |= self._prompts.encode([row.caption for row in rows])
-        arrays["bad"] = np.zeros((len(rows), len(Cause)), np.int32)
+    def arrays(self, rows: Iterable[Row], count: int) -> Arrays:
+        """`count` rows, each copied as soon as it is made, while it is in the processor's cache."""
+        arrays: Arrays = {"bad": np.zeros((count, len(Cause)), np.int32)}
+        captions, faults = [], []
         for i, row in enumerate(rows):
+            for name, array in row.arrays.items():
+                if name not in arrays:
+                    arrays[name] = np.empty((count, *array.shape), array.dtype)
+                arrays[name][i] = array
             for fault in row.faults:
                 arrays["bad"][i, _CAUSES[fault.cause]] += 1
-        faults = json.dumps([fault for row in rows for fault in row.faults])
-        return {**arrays, _FAULTS: np.frombuffer(faults.encode(), np.uint8)}
+            captions.append(row.caption)
+            faults += row.faults
+        text = np.frombuffer(json.dumps(faults).encode(), np.uint8)
+        return {**arrays, **self._prompts.encode(captions), _FAULTS: text}
 
 
 def _end_with_parent(*_) -> None:

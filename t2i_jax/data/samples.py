@@ -129,6 +129,8 @@ class Samples:
 
     def _checked(self, caption: str) -> str:
         most = self._data.max_caption_chars
+        if "\0" in caption:  # where a hole in a file was filled with zeros
+            raise BadSample(Cause.BROKEN_CAPTION, "a caption with zero bytes")
         if len(caption) > most:
             length = f"{len(caption)} characters"
             raise BadSample(Cause.LONG_CAPTION, f"a caption of {length}; at most {most} are read")

@@ -22,6 +22,8 @@ from t2i_jax.data.bad import BadSample, Cause
 
 _BLOCK = 512
 _MAX_NAME_RECORD = 1 << 20  # bytes of a long name or a pax header; real ones are under a kilobyte
+_MAX_NAME = 1 << 12  # characters: the longest path of Linux; one key is not to fill the memory
+_MAX_END = 1024 + 10240  # zeros at the end: the mark, and what fills the last record
 _PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 _REGULAR, _BODILESS = b"0\x007", b"123456"  # '1'..'6': links, devices, directories, FIFOs
 _KINDS = _REGULAR + _BODILESS + b"LKxgXS"
@@ -204,7 +206,7 @@ def members(file, on_damage: Callable[[Damage], None] | None = None) -> Iterator
         try:
             member = walk.step()
         except ValueError as error:
-            start = walk.offset
+            start = min(walk.offset, file.size)  # where a body's last block is cut, it is over it
             if on_damage is None:
                 raise ValueError(f"damaged at byte {start}: {error}") from error
             walk.recover()
@@ -245,9 +247,11 @@ class _Walk:
         end = body if kind in _BODILESS else body + size
         if not body <= end <= self._file.size:
             raise ValueError(f"its body of {size} bytes reaches over the end of the file")
+        name = records.get("path") or _header_name(block)
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a name of {len(name)} characters")
         self._own = {}
         self.offset = body + _blocks(end - body)
-        name = records.get("path") or _header_name(block)
         sparse = any(key.startswith("GNU.sparse.") for key in records)
         regular = kind in _REGULAR and not name.endswith("/") and not sparse
         return Member(name, body, size) if regular else None
@@ -278,6 +282,11 @@ class _Walk:
                 raise ValueError("zeros before the end: a header is lost, or archives were joined")
             start += len(chunk) or _SCAN
         self.ended = True
+        zeros = self._file.size - self.offset
+        if zeros > _MAX_END:
+            raise ValueError(f"{zeros} zeros at the end: where something was, if it was cut")
+        if self._file.size % _BLOCK:
+            raise ValueError("it does not end with a whole block: bytes are lost, or were added")
 
     def _keep_record(self, kind: bytes, data: bytes) -> None:
         if kind == b"L":

@@ -19,7 +19,7 @@ from t2i_jax.data.shard_index import ABSENT, BLOCK, KINDS, ShardIndex
 
 _MAX_TEXT, _MAX_IMAGE = 1 << 20, 1 << 28  # bytes of a member; larger ones are not read
 _HEAD = 4096  # bytes of an image that mostly have its size
-_ARRAYS = ("_blocks", "_sizes", "_keys")
+_ARRAYS = ("_blocks", "_sizes", "_names", "_ends")
 
 
 class Field(NamedTuple):
@@ -95,7 +95,7 @@ class WebDataset:
     def _take(self, indexes: list[ShardIndex]) -> None:
         """Keeps the configured columns of the rows that have an image or a caption."""
         needed = [self._columns[f.member] for f in (self._image, *self._captions)]
-        blocks, sizes, keys = [], [], []
+        blocks, sizes, names, lengths = [], [], [], []
         for index in indexes:
             columns = [
                 index.fields.index(member) if member in index.fields else -1
@@ -106,10 +106,15 @@ class WebDataset:
             rows = (table[:, needed] != ABSENT).any(1)
             blocks.append(table[rows])
             sizes.append(np.concatenate([index.sizes, absent], 1)[:, columns][rows])
-            keys.append(index.keys[rows])
-        self._starts = np.cumsum([0] + [len(part) for part in keys]).tolist()
+            keys = index.keys[rows]
+            lengths.append(np.char.str_len(keys))
+            bytes_NK = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
+            names.append(bytes_NK[np.arange(keys.itemsize) < lengths[-1][:, None]])
+        self._starts = np.cumsum([0] + [len(part) for part in lengths]).tolist()
         self._blocks, self._sizes = np.concatenate(blocks), np.concatenate(sizes)
-        self._keys = np.concatenate(keys)
+        # End to end: in a table as wide as the longest of them, millions would fill the memory.
+        self._names = np.concatenate(names)
+        self._ends = np.concatenate([[0], *lengths]).cumsum()
 
     def __getstate__(self) -> dict[str, Any]:
         packed = {name: shared.pack(getattr(self, name)) for name in _ARRAYS}
@@ -127,7 +132,7 @@ class WebDataset:
         """Changes with the shards' names and the places of their members."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self._shards:
-            digest.update(os.path.basename(shard).encode() + b"\0")
+            digest.update(os.fsencode(os.path.basename(shard)) + b"\0")
         digest.update(self._blocks)
         digest.update(self._sizes)
         return digest.hexdigest()
@@ -138,8 +143,11 @@ class WebDataset:
         return self._shards[bisect.bisect_right(self._starts, i) - 1]
 
     def name(self, i: int) -> str:
-        """'shard/key'."""
-        return f"{os.path.basename(self._shard(i))}/{os.fsdecode(bytes(self._keys[i]))}"
+        """'shard/key', where what is not UTF-8 stands as '\\udcff'."""
+        shard = self._shard(i)
+        key = os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]].tobytes())
+        name = f"{os.path.basename(shard)}/{key}"
+        return name.encode("utf-8", "backslashreplace").decode()
 
     def _has(self, i: int, field: Field) -> bool:
         return self._blocks[i, self._columns[field.member]] != ABSENT
@@ -160,7 +168,9 @@ class WebDataset:
             text = self._read(i, field).decode("utf-8-sig")
             if not field.path:
                 return text.strip()
-            return _value(json.loads(text), field.path)
+            value = _value(json.loads(text), field.path)
+            "".join(value).encode()  # what JSON escapes may be half a character
+            return value
         except BadSample:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:
