@@ -2,6 +2,7 @@
 
 python launch/prepare.py index --data='DIR/*.tar'
     Makes and verifies the indexes of WebDataset shards; the status is 1 where one is damaged.
+    With --config instead of --data: all that a run of it needs, sizes of images for buckets too.
 python launch/prepare.py inspect --config=configs/small_64.py --out=sheet.png
     A contact sheet of a batch as the model will see it, and statistics of the data.
 python launch/prepare.py latents --config=configs/fusion_2b.py --out=DIR
@@ -24,7 +25,7 @@ from ml_collections.config_flags import config_flags
 
 from t2i_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "inspect, latents, tokenizer: the run's.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "The run's: not for published sets.")
 DATA = flags.DEFINE_string("data", None, "index: shards, as config.data.path.")
 OUT = flags.DEFINE_string("out", None, "The file or directory to make.")
 INDEX_DIR = flags.DEFINE_string("index_dir", "", "index: where to; default: beside the shards.")
@@ -50,6 +51,8 @@ def main(argv):
     cli.check_command(command, words, {name: [] for name in known})
     with users_files():
         if command == "index":
+            if CONFIG.value is not None:
+                sys.exit(commands.index_run(CONFIG.value))
             cli.require(data=DATA.value)
             sys.exit(commands.index(DATA.value, INDEX_DIR.value, WORKERS.value))
         if command in _PUBLISHED:

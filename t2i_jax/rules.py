@@ -246,7 +246,7 @@ def _source_rules(config: ConfigDict) -> Iterator[str]:
         return
     for section, _ in mixed:
         name = section.source
-        if name not in SOURCES:
+        if name not in SOURCES and data.mixture:
             yield f"data.mixture: source = {name!r} is unknown; known: {list(SOURCES)}"
         if name in FILES:
             for key in ("path", "image_field", "caption_field"):

@@ -7,8 +7,8 @@ A sample belongs to the shape whose aspect ratio is nearest to its own, by the r
 from collections.abc import Sequence
 from concurrent import futures
 import contextlib
-import os
 import re
+import uuid
 
 from etils import epath
 import numpy as np
@@ -65,11 +65,8 @@ def measure(source, directory: str = "", threads: int = 16) -> np.ndarray:
     Kept in `directory` under the source's fingerprint, where one is given.
     """
     place = epath.Path(directory) / f"{source.fingerprint}.sizes.npy" if directory else None
-    if place is not None and place.exists():
-        with place.open("rb") as file:
-            size_N2 = np.load(file, allow_pickle=False)
-        if size_N2.shape == (len(source), 2):
-            return size_N2
+    if place is not None and (kept := _read(place, len(source))) is not None:
+        return kept
     size_N2 = np.zeros((len(source), 2), np.uint32)
 
     def one(i: int) -> None:
@@ -90,10 +87,19 @@ def measure(source, directory: str = "", threads: int = 16) -> np.ndarray:
     return size_N2
 
 
+def _read(place: epath.Path, length: int) -> np.ndarray | None:
+    try:
+        with place.open("rb") as file:
+            size_N2 = np.load(file, allow_pickle=False)
+        return size_N2 if size_N2.shape == (length, 2) else None
+    except Exception:  # whatever is raised at no file, or a damaged one: measured anew
+        return None
+
+
 def _write(place: epath.Path, array: np.ndarray) -> None:
     with contextlib.suppress(OSError):  # measured again the next time
         place.parent.mkdir(parents=True, exist_ok=True)
-        new = place.parent / f".{place.name}.{os.getpid()}"
+        new = place.parent / f".{place.name}.{uuid.uuid4().hex}"
         with new.open("wb") as file:
             np.save(file, array, allow_pickle=False)
         new.replace(place)

@@ -6,6 +6,7 @@ as an image.
 
 import array
 from collections.abc import Iterator, Mapping
+import errno
 import hashlib
 import logging
 import os
@@ -22,6 +23,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of images; nothing else is opened
 CAPTIONS = tuple(f"{stem}.{kind}" for stem in ("metadata", "captions") for kind in tables.KINDS)
 _MAX_TEXT, _MAX_IMAGE = 1 << 20, 1 << 28  # bytes of a file; larger ones are not read
 _HEAD = 1 << 16  # bytes of an image that mostly have its size
+# What goes wrong with the machine, the network or the file system, not with the file.
+_PASSING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class Folder:
@@ -220,6 +223,8 @@ class _Root:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BadSample(missing, f"{_shown(path)} does not exist") from error
         except (OSError, UnicodeEncodeError) as error:
+            if getattr(error, "errno", None) in _PASSING:
+                raise  # no fault of the sample: another host, or another time, would read it
             raise BadSample(Cause.UNREADABLE, f"{_shown(path)}: {error}") from error
 
     def _open(self, path: str, missing: Cause) -> int:

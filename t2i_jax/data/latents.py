@@ -19,7 +19,7 @@ from t2i_jax.data.bad import BadSample, Cause
 
 CARD = "latents.json"
 VERSION = 1
-AUTOENCODER = ("kind", "channels", "downsample")  # keys that training must share
+AUTOENCODER = ("kind", "channels", "downsample", "scale", "shift")  # keys that training must share
 _SHARED = ("image_size", "buckets")  # of the data section, likewise
 
 
@@ -54,6 +54,12 @@ def check(card: dict[str, Any], config: Any) -> None:
                     f"{section}.{key} = {now!r}, but the latents in data.path were made with "
                     f"{was!r}"
                 )
+
+    if config["data"]["original_caption_rate"] > 0 and not card["originals"]:
+        raise ValueError(
+            "data.original_caption_rate > 0, but the latents in data.path were made with "
+            "data.original_caption_field = ''"
+        )
 
 
 def encode(moments: np.ndarray, sample: dict[str, Any], name: str) -> bytes:

@@ -6,7 +6,9 @@ and neither the number of hosts nor that of threads or worker processes changes 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -46,6 +48,7 @@ class Loader:
     `data` is the config's data section.
 
     Attributes:
+      digest: of what decides the order; the same on every host.
       left_out: faults of the samples that belong to no bucket: their size is not known.
     """
 
@@ -71,6 +74,8 @@ class Loader:
         self._rows = batch_size // process_count
         parts = getattr(source, "parts", [order.Part(0, len(source), 1.0)])
         self._shapes, bucket_N, self.left_out = _buckets(source, data, batch_size)
+        seen = source.fingerprint.encode() + (b"" if bucket_N is None else bucket_N.tobytes())
+        self.digest = hashlib.blake2b(seen, digest_size=16).digest()
         self._order = order.Order(parts, batch_size, seed, bucket_N, len(self._shapes))
         samples = Samples(source, data, self._order, batch_size, seed)
         rows = range(process_index * self._rows, (process_index + 1) * self._rows)
@@ -195,14 +200,22 @@ def _buckets(source, data: ConfigDict, batch_size: int):
         return [(data.image_size, data.image_size)], None, ()
     shapes = buckets.shapes(data.buckets)
     size_N2 = source.sizes(data.index_dir, data.num_threads)
-    bucket_N = buckets.assign(size_N2, shapes, batch_size)
-    left_out = []
-    for i in np.flatnonzero(bucket_N == order.NO_BUCKET).tolist():
-        try:
-            source.size(i)
-        except BadSample as error:
-            left_out.append(Fault(-1, -1, source.name(i), str(error.cause), str(error)))
+    # Latents have the shape that they were stored in: none can be given to another bucket.
+    stored = getattr(source, "stored", False)
+    bucket_N = buckets.assign(size_N2, shapes, 1 if stored else batch_size)
+    lost = np.flatnonzero(bucket_N == order.NO_BUCKET).tolist()
+    with futures.ThreadPoolExecutor(max(1, data.num_threads)) as pool:
+        left_out = [fault for fault in pool.map(functools.partial(_fault, source), lost) if fault]
     return shapes, bucket_N, tuple(left_out)
+
+
+def _fault(source: sources.Source, i: int) -> Fault | None:
+    """Why the size of a sample is not known."""
+    try:
+        source.size(i)
+    except BadSample as error:
+        return Fault(-1, -1, source.name(i), str(error.cause), str(error))
+    return None
 
 
 def text_batches(

@@ -19,6 +19,7 @@ from t2i_jax.data.order import Order
 from t2i_jax.data.sources import Source
 from t2i_jax.errors import UserError
 
+_SHOWN = 10  # of them that the message names
 _ATTEMPTS = 100  # samples tried for one place; that all are bad by chance does not happen
 
 
@@ -94,10 +95,11 @@ class Samples:
             except BadSample as error:
                 name = self._source.name(index)
                 faults.append(Fault(step, position, name, str(error.cause), str(error)))
+        shown = [f"{fault.sample}: {fault.cause}, {fault.detail}" for fault in faults[:_SHOWN]]
         raise UserError(
-            f"{_ATTEMPTS} samples in a row cannot be used; the last: {faults[-1].sample}: "
-            f"{faults[-1].cause}, {faults[-1].detail}. Look at the data: python launch/prepare.py "
-            "inspect."
+            f"{_ATTEMPTS} samples in a row cannot be used. The first:\n  "
+            + "\n  ".join(shown)
+            + "\nLook at the data: python launch/prepare.py inspect."
         )
 
     def _rng(self, draw: Draw, position: int) -> np.random.Generator:

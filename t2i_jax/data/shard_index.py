@@ -16,7 +16,6 @@ from pathlib import Path
 import re
 import typing
 import uuid
-import zipfile
 
 from etils import epath
 import numpy as np
@@ -57,10 +56,10 @@ class ShardIndex(typing.NamedTuple):
 
 
 def build(path: str) -> ShardIndex:
-    """Reads the headers of a shard. Raises ValueError where it is no tar file."""
+    """Reads the headers of a shard."""
     file = tar.FilePool().open(path)
     if file.read(0, 2) == _GZIP:
-        raise ValueError(f"{path} is compressed; samples are read in place: gunzip it first.")
+        return _useless(file.size, "it is compressed; samples are read in place: gunzip it first")
     fields: dict[str, int] = {}
     rows: list[tuple[str, dict[int, tuple[int, int]]]] = []
     current: dict[str, dict[int, tuple[int, int]]] = {}
@@ -79,10 +78,8 @@ def build(path: str) -> ShardIndex:
             rows.append((match[1], row))
         row[column] = (member.offset // BLOCK, member.size)
         if len(fields) > _MAX_FIELDS:
-            raise ValueError(
-                f"{path}: more than {_MAX_FIELDS} fields, as {sorted(fields)[:3]}; members must be "
-                "named KEY.FIELD, the key without a dot."
-            )
+            shown = f"more than {_MAX_FIELDS} fields, as {sorted(fields)[:3]}"
+            return _useless(file.size, f"{shown}: members are named KEY.FIELD, no dot in the key")
     blocks = np.full((len(rows), len(fields)), ABSENT, np.uint32)
     sizes = np.zeros(blocks.shape, np.uint32)
     for i, (_, row) in enumerate(rows):
@@ -90,6 +87,12 @@ def build(path: str) -> ShardIndex:
             blocks[i, column], sizes[i, column] = block, size
     keys = np.array([os.fsencode(key) for key, _ in rows], np.bytes_)
     return ShardIndex(tuple(fields), keys, blocks, sizes, ignored, tuple(damage))
+
+
+def _useless(size: int, reason: str) -> ShardIndex:
+    """Of a file without any sample that can be told."""
+    table = np.zeros((0, 0), np.uint32)
+    return ShardIndex((), np.zeros(0, "S1"), table, table, 0, (tar.Damage(0, size, reason),))
 
 
 def cache_directory() -> Path:
@@ -127,8 +130,10 @@ def _load(place: epath.Path, stamp: np.ndarray) -> ShardIndex | None:
             damage = (tar.Damage(*span, why) for span, why in zip(spans, reasons, strict=True))
             fields = tuple(stored["fields"].tolist())
             tables = stored["keys"], stored["blocks"], stored["sizes"]
-            return ShardIndex(fields, *tables, int(stored["ignored"]), tuple(damage))
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+            index = ShardIndex(fields, *tables, int(stored["ignored"]), tuple(damage))
+            whole = index.blocks.shape == index.sizes.shape == (len(index.keys), len(fields))
+            return index if whole else None
+    except Exception:  # whatever NumPy and zipfile raise at damaged bytes: it is made anew
         return None
 
 

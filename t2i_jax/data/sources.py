@@ -64,6 +64,7 @@ class Mixture:
       parts: which samples are of which source, and their weights.
       damage: (file, what cannot be told of it), of all sources.
       files: of all sources.
+      stored: whether these are latents, which have the shapes that they were stored in.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] = (1.0,)):
@@ -73,6 +74,7 @@ class Mixture:
         self.parts = [Part(*span, w) for span, w in zip(spans, weights, strict=True)]
         self.damage = [d for source in sources for d in getattr(source, "damage", [])]
         self.files = sum(getattr(source, "files", 0) for source in sources)
+        self.stored = any(_is_stored(source) for source in sources)
         self.fingerprint = hashlib.blake2b(
             " ".join(source.fingerprint for source in sources).encode(), digest_size=16
         ).hexdigest()
@@ -130,6 +132,11 @@ class Subset:
 
     def size(self, i: int) -> tuple[int, int]:
         return self.source.size(self.range[i])
+
+
+def _is_stored(source: Source) -> bool:
+    whole = source.source if isinstance(source, Subset) else source
+    return isinstance(whole, latents.Latents)
 
 
 def _sizes(source: Source, directory: str, threads: int) -> np.ndarray:

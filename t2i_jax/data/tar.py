@@ -16,14 +16,16 @@ import time
 import typing
 import zlib
 
-from etils import epath
+import fsspec
 
 from t2i_jax.data.bad import BadSample, Cause
 
 _BLOCK = 512
 _MAX_NAME_RECORD = 1 << 20  # bytes of a long name or a pax header; real ones are under a kilobyte
 _MAX_NAME = 1 << 12  # characters: the longest path of Linux; one key is not to fill the memory
-_MAX_END = 1024 + 10240  # zeros at the end: the mark, and what fills the last record
+_MAX_DAMAGES = 1000  # of one file; after them it is given up
+_MARK = 1024  # zeros that end an archive; more of them fill its last record
+_RECORDS = (10240, *(_BLOCK << k for k in range(5, 15)))  # bytes: tar's own, and larger ones
 _PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 _REGULAR, _BODILESS = b"0\x007", b"123456"  # '1'..'6': links, devices, directories, FIFOs
 _KINDS = _REGULAR + _BODILESS + b"LKxgXS"
@@ -58,23 +60,17 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """The same through epath's file objects, which have one position: reads take turns."""
+    """The same of a file elsewhere: each read is one request of exactly these bytes."""
 
     window = 1 << 16
 
     def __init__(self, path: str):
-        self._lock = threading.Lock()
-        self._file = epath.Path(path).open("rb")
-        self.size = self._file.seek(0, os.SEEK_END)
+        self._system, self._path = fsspec.core.url_to_fs(path)
+        self.size = self._system.size(self._path)
 
     def read(self, offset: int, size: int) -> bytes:
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(size)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            self._file.close()
+        end = min(offset + size, self.size)
+        return self._system.cat_file(self._path, start=offset, end=end) if end > offset else b""
 
 
 def is_remote(path: str) -> bool:
@@ -82,7 +78,10 @@ def is_remote(path: str) -> bool:
 
 
 class FilePool:
-    """Keeps the `capacity` most recently used files open; safe to share between threads."""
+    """Keeps about `capacity` most recently used files open; safe to share between threads.
+
+    Remote ones hold nothing open, and are all kept.
+    """
 
     def __init__(self, capacity: int = 64):
         self._capacity = capacity
@@ -102,7 +101,7 @@ class FilePool:
         with self._lock:
             file = self._files.setdefault(path, file)
             self._files.move_to_end(path)
-            while len(self._files) > self._capacity:
+            while not is_remote(path) and len(self._files) > self._capacity:
                 self._files.popitem(last=False)
         return file
 
@@ -201,7 +200,7 @@ def members(file, on_damage: Callable[[Damage], None] | None = None) -> Iterator
     raises ValueError that names the byte; or, with `on_damage`, tells it and goes on at the next
     header that is whole. An archive without its end mark is damaged: it was cut.
     """
-    walk = _Walk(file)
+    walk, damages = _Walk(file), 0
     while not walk.ended:
         try:
             member = walk.step()
@@ -209,7 +208,8 @@ def members(file, on_damage: Callable[[Damage], None] | None = None) -> Iterator
             start = min(walk.offset, file.size)  # where a body's last block is cut, it is over it
             if on_damage is None:
                 raise ValueError(f"damaged at byte {start}: {error}") from error
-            walk.recover()
+            walk.recover(damages >= _MAX_DAMAGES)
+            damages += 1
             on_damage(Damage(start, walk.offset, str(error)))
         else:
             if member is not None:
@@ -256,10 +256,10 @@ class _Walk:
         regular = kind in _REGULAR and not name.endswith("/") and not sparse
         return Member(name, body, size) if regular else None
 
-    def recover(self) -> None:
+    def recover(self, give_up: bool) -> None:
         """Goes to the next header that is whole after this offset, or to the end of the file."""
         self._own = {}
-        start = self.offset + _BLOCK
+        start = self._file.size if give_up else self.offset + _BLOCK
         while start < self._file.size:
             chunk = self._file.read(start, _SCAN + _BLOCK)
             at = chunk.find(_MAGIC)
@@ -283,7 +283,8 @@ class _Walk:
             start += len(chunk) or _SCAN
         self.ended = True
         zeros = self._file.size - self.offset
-        if zeros > _MAX_END:
+        fills = (size for size in _RECORDS if self._file.size % size == 0)
+        if zeros > _MARK + max(fills, default=_RECORDS[0]):
             raise ValueError(f"{zeros} zeros at the end: where something was, if it was cut")
         if self._file.size % _BLOCK:
             raise ValueError("it does not end with a whole block: bytes are lost, or were added")

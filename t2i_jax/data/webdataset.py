@@ -83,11 +83,17 @@ class WebDataset:
         seen = sorted(set().union(*(index.fields for index in indexes)))
         absent = [member for member in self._columns if member not in seen]
         if absent or not any(len(index.keys) for index in indexes):
-            damaged = sum(bool(index.damage) for index in indexes)
+            opened = zip(self._shards, indexes, strict=True)
+            damaged = [(shard, index.damage[0].reason) for shard, index in opened if index.damage]
             raise ValueError(
                 f"No sample of {pattern!r} has {' and '.join(map(repr, absent or self._columns))}; "
                 f"the shards hold the fields {seen[:20]}"
-                + (f"; {damaged} of {len(indexes)} are damaged" if damaged else "")
+                + (
+                    f"; {len(damaged)} of {len(indexes)} are damaged, the first: "
+                    if damaged
+                    else ""
+                )
+                + (": ".join(damaged[0]) if damaged else "")
                 + ". Set data.image_field, data.caption_field and data.original_caption_field to "
                 "what is there."
             )

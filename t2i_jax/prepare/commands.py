@@ -30,6 +30,19 @@ def index(pattern: str, directory: str, workers: int | None) -> int:
     return int(bool(damaged))
 
 
+def index_run(config: ConfigDict) -> int:
+    """Makes the indexes that a run of `config` needs, and with buckets the sizes of all images."""
+    source = sources.make_source(config, "train")
+    print(f"{len(source):,} training samples in {source.files:,} files")
+    if config.data.buckets:
+        size_N2 = source.sizes(config.data.index_dir, config.data.num_threads)
+        known = int((size_N2 > 0).all(1).sum())
+        print(f"sizes of images: {known:,} known, {len(size_N2) - known:,} cannot be read")
+    for file, damage in source.damage[:_SHOWN]:
+        print(f"DAMAGED {file}, bytes {damage.start:,} to {damage.stop:,}: {damage.reason}")
+    return int(bool(source.damage))
+
+
 def inspect(config: ConfigDict, out: epath.Path, step: int, samples: int) -> None:
     print(inspecting.inspect(config, out, step=step, samples=samples))
 

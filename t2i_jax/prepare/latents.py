@@ -10,6 +10,7 @@ from concurrent import futures
 import json
 import os
 from typing import Any, NamedTuple
+import uuid
 
 from array_record.python import array_record_module
 from etils import epath
@@ -65,6 +66,7 @@ def encode(
         raise ConfigError(f"--out={out}: shards are written locally; copy or mount them after.")
     config = config.copy_and_resolve_references().unlock()
     config.data.validation_size = 0  # training holds out the last ones
+    config.data.original_caption_rate = float(bool(config.data.original_caption_field))  # stored
     with users_files():
         source = sources.make_source(config, "train")
     shapes, bucket_N = _shapes(config, source)
@@ -100,6 +102,7 @@ def _card(config: ConfigDict, source: sources.Mixture, shards: int, shard_size: 
         "shard_size": shard_size,
         "data": {**data, "fingerprint": source.fingerprint, "samples": len(source)},
         "autoencoder": {key: config.autoencoder[key] for key in latents.AUTOENCODER},
+        "originals": bool(config.data.original_caption_field),
         "weights": os.path.basename(os.path.normpath(config.weights.autoencoder)),
     }
 
@@ -121,7 +124,7 @@ def _claim(out: epath.PathLike, card: dict) -> None:
 
 
 def _write(path: epath.Path, tree: Any) -> None:
-    new = path.parent / f".{path.name}.{os.getpid()}"
+    new = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     new.write_text(json.dumps(tree))
     new.replace(path)
 
@@ -230,7 +233,8 @@ class _Shard:
     def __init__(self, out: epath.PathLike, number: int, source: sources.Mixture):
         self._source, self._final = source, latents.shard(out, number, "array_record")
         self._summary = latents.shard(out, number, "json")
-        self._partial = self._final.parent / f".{self._final.name}.{os.getpid()}"
+        self._partial = self._final.parent / f".{self._final.name}.partial"
+        self._partial.unlink(missing_ok=True)  # of a process that was killed
         self._writer = array_record_module.ArrayRecordWriter(str(self._partial), _OPTIONS)
         self._runs: list[list] = []  # [(width, height), how many in a row]
         self._bad: list[dict[str, str]] = []

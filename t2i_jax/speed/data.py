@@ -102,7 +102,7 @@ class _Repeated:
     """A source many times over: the shuffle of a handful of samples is slow, of thousands fast."""
 
     def __init__(self, source: sources.Source, length: int):
-        self._source, self._length = source, length
+        self._source, self._length, self.fingerprint = source, length, source.fingerprint
 
     def __len__(self) -> int:
         return self._length

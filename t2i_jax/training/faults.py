@@ -1,7 +1,7 @@
 """Samples that could not be used: all on a list, counted, and no more of them than is allowed."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -37,7 +37,6 @@ class FaultLog:
             number = int(file.stem.removeprefix("host_"))
             if number >= hosts and number % hosts == host:
                 JsonLines(file, resume_step).close()
-        self._newest = deque(map(_text, self._lines.kept), _SHOWN)
         # Outside of the stream of training a sample is told once, however often it is met.
         self._told = {entry["sample"] for entry in self._lines.kept if entry["position"] is None}
 
@@ -50,24 +49,10 @@ class FaultLog:
                 if fault.sample in self._told:
                     continue
                 self._told.add(fault.sample)
-            self._newest.append(_text(entry))
             self._lines.append(entry)
-
-    @property
-    def newest(self) -> list[str]:
-        """What was bad, for a message."""
-        return list(self._newest)
-
-    @property
-    def path(self) -> str:
-        return str(self._lines.path)
 
     def close(self) -> None:
         self._lines.close()
-
-
-def _text(entry: Mapping[str, Any]) -> str:
-    return f"{entry['sample']}: {entry['cause']}, {entry['detail']}"
 
 
 class FaultCount:
@@ -94,14 +79,23 @@ class FaultCount:
         return {"bad_samples": int(self.total_C.sum()), **found} if found else {}
 
 
+def newest(workdir: epath.PathLike) -> list[str]:
+    """What all hosts' lists have of the newest steps, for a message."""
+    found = sorted(_entries(workdir), key=lambda entry: entry["step"])
+    return [f"{e['sample']}: {e['cause']}, {e['detail']}" for e in found[-_SHOWN:]]
+
+
 def count(workdir: epath.PathLike, step: int) -> np.ndarray:
     """What all hosts' lists have of the training batches up to `step`, by cause: (causes,)."""
-    folder = epath.Path(workdir) / FOLDER
-    files = sorted(folder.glob("host_*.jsonl")) if folder.exists() else []
     found = Counter(
         entry["cause"]
-        for file in files
-        for entry in jsonlines.read(file)
+        for entry in _entries(workdir)
         if entry["step"] <= step and entry["position"] is not None
     )
     return np.array([found[str(cause)] for cause in Cause], np.int64)
+
+
+def _entries(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    folder = epath.Path(workdir) / FOLDER
+    files = sorted(folder.glob("host_*.jsonl")) if folder.exists() else []
+    return [entry for file in files for entry in jsonlines.read(file)]

@@ -10,6 +10,7 @@ from flax.core import meta
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from t2i_jax import build, checkpoint, convert, frozen, plan, sharding
@@ -25,7 +26,7 @@ from t2i_jax.progress import Progress
 from t2i_jax.training import optimizer, pretrain, state, step
 from t2i_jax.training.feed import feed
 from t2i_jax.training.parts import Parts
-from t2i_jax.training.watch import NonFiniteError, Watch
+from t2i_jax.training.watch import NonFiniteError, Watch, validation_samples
 
 # What a run may change when it is started again in its working directory; and train.steps, where
 # the schedule does not end with it.
@@ -156,7 +157,7 @@ def _damage(source: sources.Mixture, max_rate: float) -> list[str]:
 
 
 def _bytes(file: str, damage: Damage) -> str:
-    return f"{file.rpartition('/')[2]}, bytes {damage.start} to {damage.stop}"
+    return f"{file}, bytes {damage.start} to {damage.stop}"
 
 
 def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) -> None:
@@ -247,6 +248,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         accumulation=config.train.accumulation,
         ema=config.ema,
     )
+    _check_validation(config, validation_source, mesh)
     train_loader = loader.Loader(
         train_source,
         prompts,
@@ -256,6 +258,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         jax.process_index(),
         jax.process_count(),
     )
+    _check_loader(train_loader, config, len(train_source))
     return Parts(
         config,
         workdir,
@@ -263,15 +266,37 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         Pipeline(config, model, autoencoder, prompts, current.ema, frozen_params, mesh),
         train_loader,
         validation_source,
-        tuple(
-            Fault(
-                -1, -1, f"{file.rpartition('/')[2]}, bytes {d.start} to {d.stop}", _LOST, d.reason
-            )
-            for file, d in train_source.damage
-        ),
+        tuple(Fault(-1, -1, _bytes(*lost), _LOST, lost[1].reason) for lost in train_source.damage),
         current,
         jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         jax.jit(step.make_validation(objective, tuple(config.validation.timesteps))),
+    )
+
+
+def _check_validation(config: ConfigDict, source: sources.Mixture, mesh) -> None:
+    """Raises SetupError where there is nothing to validate on."""
+    samples = len(validation_samples(config, source)) if config.validation.every else 0
+    if config.validation.every and samples < sharding.batch_shards(mesh):
+        size = config.data.image_size
+        raise SetupError(
+            f"Of {len(source)} held-out latents {samples} are of {size} x {size} pixels, on which "
+            "validation looks; raise data.validation_size, or set validation.every to 0."
+        )
+
+
+def _check_loader(train_loader: loader.Loader, config: ConfigDict, samples: int) -> None:
+    """Raises SetupError where more samples than the config allows belong to no bucket."""
+    lost = train_loader.left_out
+    if len(lost) > config.data.max_bad_rate * samples:
+        shown = [f"{fault.sample}: {fault.cause}, {fault.detail}" for fault in lost[:_SHOWN]]
+        raise SetupError(
+            f"{len(lost)} of {samples} samples have no size that can be read, more than "
+            f"data.max_bad_rate = {config.data.max_bad_rate:g}. The first:\n  " + "\n  ".join(shown)
+        )
+    # A host with other files would see another order, and nobody would notice.
+    multihost_utils.assert_equal(
+        np.frombuffer(train_loader.digest, np.uint32),
+        "The hosts see other data: other files, or images of other sizes, under the same names.",
     )
 
 

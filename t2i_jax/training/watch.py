@@ -5,10 +5,11 @@ import math
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from t2i_jax import sharding
-from t2i_jax.data import loader
+from t2i_jax.data import loader, sources
 from t2i_jax.data.samples import Fault
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import pictures
@@ -78,9 +79,9 @@ class Watch:
                 f"Step {number}: more than data.max_bad_rate = "
                 f"{self._parts.config.data.max_bad_rate:g} of the newest {faults.WINDOW} samples "
                 f"cannot be used ({causes}). The newest:\n  "
-                + "\n  ".join(self._faults.newest)
-                + f"\nAll are in {self._faults.path}. Mend the data, or raise the limit; "
-                "the newest checkpoint is intact."
+                + "\n  ".join(faults.newest(self._parts.workdir))
+                + f"\nAll are in {self._parts.workdir / faults.FOLDER}. Mend the data, or raise "
+                "the limit; the newest checkpoint is intact."
             )
 
     def validate(self, number: int, current: state.TrainState) -> None:
@@ -88,13 +89,14 @@ class Watch:
         self.settle()
         parts, config = self._parts, self._parts.config
         key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
-        losses = []
+        losses, rows = [], []
         for i, batch in enumerate(_validation_batches(parts)):
             self._faults.add(number, batch.faults)
             arrays = sharding.shard_batch(batch.arrays, parts.mesh)
             rng = jax.random.fold_in(key, i)
             losses.append(parts.validate(current.ema, parts.pipeline.frozen, arrays, rng))
-        loss = np.mean([np.asarray(x) for x in losses], axis=0)
+            rows.append(len(batch.arrays["ids"]))
+        loss = np.average([np.asarray(x) for x in losses], axis=0, weights=rows)
         by_time = {
             f"validation_loss_t{t:g}": float(x)
             for t, x in zip(config.validation.timesteps, loss, strict=True)
@@ -132,17 +134,30 @@ class Watch:
             self._writer.scalars(number, values)
 
 
-def _validation_batches(parts: Parts) -> Iterator[Any]:
-    """The held-out samples in order, this process's rows; what fills no batch is left out."""
-    config = parts.config
-    size = min(config.train.batch_size, len(parts.validation_source))
-    size -= size % sharding.batch_shards(parts.mesh)
-    rows = size // jax.process_count()
-    first = jax.process_index() * rows
+def validation_sizes(count: int, batch_size: int, shards: int) -> list[int]:
+    """Rows of the validation batches: full ones, and a last one that divides over the shards."""
+    full = batch_size - batch_size % shards
+    rest = count % full - count % full % shards
+    return [full] * (count // full) + [rest] * (rest > 0)
+
+
+def validation_samples(config: ConfigDict, source: sources.Mixture) -> list[int]:
+    """The held-out samples that are looked at: all; of stored latents, those of the square."""
+    if not config.data.buckets or not source.stored:
+        return list(range(len(source)))
+    return [i for i in range(len(source)) if set(source.size(i)) == {config.data.image_size}]
+
+
+def _validation_batches(parts: Parts) -> Iterator[loader.Batch]:
+    """The held-out samples in order, this process's rows of each batch."""
+    config, source = parts.config, parts.validation_source
     data = config.data.copy_and_resolve_references().unlock()
     data.buckets = ()  # all are of the square
-    held_out = loader.Loader(
-        parts.validation_source, parts.pipeline.prompts, data, rows, config.seed
-    )
-    for start in range(0, len(parts.validation_source) - size + 1, size):
-        yield held_out.fixed_batch(range(start + first, start + first + rows))
+    held_out = loader.Loader(source, parts.pipeline.prompts, data, 1, config.seed)
+    samples = validation_samples(config, source)
+    shards = sharding.batch_shards(parts.mesh)
+    for size in validation_sizes(len(samples), config.train.batch_size, shards):
+        rows = size // jax.process_count()
+        first = jax.process_index() * rows
+        yield held_out.fixed_batch(samples[first : first + rows])
+        samples = samples[size:]

@@ -14,6 +14,7 @@ import sys
 
 import cloudpickle
 from etils import epath
+import fsspec
 from PIL import Image
 import pytest
 
@@ -574,6 +575,10 @@ def test_remote_paths_go_through_epath(tmp_path, monkeypatch, kind):
         local = Folder(write(real / f"captions.{kind}", [*make(real)]), *FIELDS)
     monkeypatch.setattr(
         epath, "Path", lambda path: pathlib.Path(str(path).replace("gs://bucket", str(real)))
+    )
+    system = fsspec.filesystem("file")
+    monkeypatch.setattr(
+        fsspec.core, "url_to_fs", lambda path: (system, path.replace("gs://bucket", str(real)))
     )
     remote = Folder("gs://bucket", *FIELDS)
     assert [remote[i] for i in range(len(local))] == [local[i] for i in range(len(local))]

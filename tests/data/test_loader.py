@@ -19,6 +19,8 @@ SIZE, LENGTH = 6, 24
 class Numbered:
     """Sample i: an 8 x 6 image whose columns are 10, 20, ... and whose blue is i; caption 's i'."""
 
+    fingerprint = "numbered"
+
     def __init__(self, length):
         self._length = length
 

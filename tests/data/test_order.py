@@ -154,6 +154,10 @@ def test_sizes_are_measured_once(tmp_path):
     assert buckets.measure(source, str(tmp_path)).tolist() == expected
     assert buckets.measure(source, str(tmp_path)).tolist() == expected
     assert source.asked == 5
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-3])  # damaged: measured anew
+    assert buckets.measure(source, str(tmp_path)).tolist() == expected
+    assert source.asked == 10
     source.fingerprint = "other"
     buckets.measure(source, str(tmp_path))
-    assert source.asked == 10
+    assert source.asked == 15

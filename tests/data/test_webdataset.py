@@ -10,6 +10,7 @@ import types
 
 import cloudpickle
 from etils import epath
+import fsspec
 import numpy as np
 from PIL import Image
 import pytest
@@ -309,6 +310,41 @@ def test_indexes_of_shards_that_cannot_be_written_beside(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == [kept.name]
 
 
+def test_a_damaged_index_is_made_anew(tmp_path):
+    """Every byte of it counts: whatever NumPy and zipfile raise, or do not notice."""
+    path = write(tmp_path / "s.tar", [m for k in range(20) for m in sample(str(k), b"%d" % k)])
+    (expected,) = shard_index.open_all([path])
+    index = tmp_path / "s.tar.index.npz"
+    whole, rng = index.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        index.write_bytes(damaged)
+        (found,) = shard_index.open_all([path])
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_compressed_shard_among_others_is_damage(tmp_path):
+    write(tmp_path / "a.tar", sample("a"))
+    with tarfile.open(tmp_path / "b.tar", "w:gz"):
+        pass
+    dataset = webdataset.WebDataset(f"{tmp_path}/*.tar", "jpg", "txt")
+    assert len(dataset) == 1
+    ((shard, damage),) = dataset.damage
+    assert shard.endswith("b.tar") and "gunzip" in damage.reason
+
+
+@pytest.mark.parametrize("factor", [1, 20, 512, 2048])
+def test_archives_with_larger_records_are_whole(tmp_path, factor):
+    """tar --blocking-factor: the last record is filled with zeros."""
+    path = pathlib.Path(write(tmp_path / "s.tar", sample("a")))
+    content = path.read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512 + 1024)
+    path.write_bytes(content + bytes(-len(content) % (512 * factor)))
+    assert shard_index.build(str(path)).damage == ()
+
+
 def test_processes_build_the_same_indexes(tmp_path):
     shards = [write(tmp_path / f"{k}.tar", sample(str(k))) for k in range(3)]
     by_processes = shard_index.open_all(shards, str(tmp_path / "a"), processes=2)
@@ -363,7 +399,22 @@ def test_remote_paths_go_through_epath(tmp_path, monkeypatch):
     monkeypatch.setattr(
         epath, "Path", lambda path: Bucket(str(path).replace("gs://bucket", str(tmp_path)))
     )
+    asked = []
+
+    class Counted(type(fsspec.filesystem("file"))):
+        def cat_file(self, path, start=None, end=None, **_):
+            asked.append(end - start)
+            return super().cat_file(path, start, end)
+
+    monkeypatch.setattr(
+        fsspec.core,
+        "url_to_fs",
+        lambda path: (Counted(), path.replace("gs://bucket", str(tmp_path))),
+    )
     dataset = webdataset.WebDataset("gs://bucket/{0..1}.tar", "jpg", "txt")
+    asked.clear()
+    dataset[0]
+    assert sorted(asked) == [len(b"shard 0"), len(b"a caption")]
     assert [dataset[i]["image"] for i in (0, 1, 0)] == [b"shard 0", b"shard 1", b"shard 0"]
     assert len(webdataset.WebDataset("gs://bucket/*.tar", "jpg", "txt")) == 2
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/2\.tar"):

@@ -18,7 +18,7 @@ from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.prepare import latents as encoding
-from t2i_jax.training import step
+from t2i_jax.training import step, watch
 from tests import toys
 
 NAME, COUNT = "ablations/baseline", 21
@@ -161,11 +161,26 @@ def test_buckets_are_encoded_in_their_shapes(folder, tmp_path):
     for number in range(8):
         height, width = one.shape(number)
         assert one.batch(number).arrays["moments"].shape == (4, height // 8, width // 8, 8)
+    large = Loader(sources.make_source(c, "train"), prompts, c.data, 16, c.seed)
+    for number in range(4):  # larger than a bucket: none is given to another
+        height, width = large.shape(number)
+        assert large.batch(number).arrays["moments"].shape == (16, height // 8, width // 8, 8)
+    held_out = sources.make_source(stored_config(folder, out, **shapes), "validation")
+    looked_at = watch.validation_samples(c, held_out)
+    assert [held_out.size(i) for i in looked_at] == [(64, 64)] * 2 and len(held_out) == 4
 
 
 def test_latents_of_other_settings_are_refused(folder, encoded, tmp_path):
     with pytest.raises(ValueError, match=r"data\.image_size = 32, but the latents .* with 64"):
         sources.make_source(stored_config(folder, encoded, data__image_size=32), "train")
+    bare = tmp_path / "bare"
+    encoding.encode(
+        config(folder, data__original_caption_field="", data__original_caption_rate=0.0),
+        bare,
+        batch_size=8,
+    )
+    with pytest.raises(ValueError, match=r"original_caption_rate > 0, but the latents"):
+        sources.make_source(stored_config(folder, bare), "train")
     with pytest.raises(FileNotFoundError, match=r"no latents\.json.*prepare\.py latents"):
         sources.make_source(stored_config(folder, tmp_path), "train")
     with pytest.raises(ConfigError, match="not mirrored"):

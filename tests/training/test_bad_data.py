@@ -65,13 +65,13 @@ def faults(workdir):
     return jsonlines.read(workdir / "bad_samples" / "host_0000.jsonl")
 
 
-def test_bad_samples_are_on_the_list_and_in_the_metrics(run):
+def test_bad_samples_are_on_the_list_and_in_the_metrics(data, run):
     entries = faults(run)
     met = [entry for entry in entries if entry["position"] is not None]
     assert {"a.tar/3", "a.tar/20", "a.tar/21"} >= {entry["sample"] for entry in met}
     assert all(entry["cause"] == "truncated_image" for entry in met)
     damaged = [entry for entry in entries if entry["cause"] == "unreadable"]
-    assert [entry["sample"] for entry in damaged] == ["b.tar, bytes 3072 to 4608"]
+    assert [entry["sample"] for entry in damaged] == [f"{data / 'b.tar'}, bytes 3072 to 4608"]
     last = read_metrics(run)[-1]
     assert last["bad_samples"] == last["bad_samples/truncated_image"] == len(met) > 0
     steps = {entry["step"] for entry in met}
@@ -94,9 +94,7 @@ def test_training_stops_at_the_limit_and_names_what_is_bad(data, run, tmp_path):
     text = str(error.value)
     assert "more than data.max_bad_rate = 0 of the newest 2000 samples" in text
     assert (
-        "truncated_image, " in text
-        and "bytes that do not decode" in text
-        and "host_0000.jsonl" in text
+        "truncated_image, " in text and "bytes that do not decode" in text and "bad_samples" in text
     )
 
 

@@ -31,8 +31,8 @@ def test_every_fault_is_a_line_and_resuming_continues(tmp_path):
     resumed = faults.FaultLog(tmp_path, host=2, hosts=3, resume_step=1)
     resumed.add(1, [HELD_OUT])
     resumed.add(2, [TWO, ONE])
-    assert resumed.newest[-1] == "a.tar/1: broken_image, no image"
     resumed.close()
+    assert faults.newest(tmp_path)[-1] == "a.tar/1: broken_image, no image"
     assert jsonlines.read(tmp_path / "bad_samples" / "host_0002.jsonl") == entries
 
 

@@ -15,7 +15,7 @@ from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import loop, state, step
+from t2i_jax.training import loop, state, step, watch
 from t2i_jax.training.metrics import read_metrics
 from tests import tiny
 
@@ -64,6 +64,21 @@ def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
     batch = held_out.fixed_batch(range(16)).arrays
     host = jax.tree.map(np.asarray, (pipeline.params, pipeline.frozen))
     np.testing.assert_allclose(losses(*host, batch), by_time, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "count, batch_size, shards, sizes",
+    [
+        (16, 8, 4, [8, 8]),
+        (19, 8, 4, [8, 8]),  # three rows divide over no four shards
+        (22, 8, 2, [8, 8, 6]),
+        (5, 8, 1, [5]),
+        (5, 8, 4, [4]),
+        (9, 10, 4, [8]),
+    ],
+)
+def test_validation_leaves_out_what_does_not_divide(count, batch_size, shards, sizes):
+    assert watch.validation_sizes(count, batch_size, shards) == sizes
 
 
 def test_a_finished_run_has_nothing_to_do(trained):
