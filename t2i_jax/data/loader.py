@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from typing import Any, NamedTuple
+import weakref
 
 from absl import flags
 import grain
@@ -82,7 +83,7 @@ class Loader:
         shape = functools.partial(_shape, self._order, self._shapes)
         self._maker = _Maker(samples, prompts, shape, rows)
         self._square = (data.image_size, data.image_size)
-        self._iterators: set[Any] = set()
+        self._open: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def indices(self, step: int) -> list[int]:
         """The samples of this host's rows at `step`, as they are meant to be."""
@@ -111,14 +112,9 @@ class Loader:
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, max(1, buffer))
             dataset = dataset.mp_prefetch(options, _end_with_parent)
-        iterator = iter(dataset)
-        self._iterators.add(iterator)
-        try:
-            while True:
-                yield _joined([next(iterator) for _ in range(parts)])
-        finally:
-            self._iterators.discard(iterator)
-            iterator.close()
+        batches = _Batches(iter(dataset), parts, copy=self._workers > 0)
+        self._open.add(batches)
+        return batches
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
         """The samples `indices` of the source: nothing dropped or mirrored, cropped centrally."""
@@ -127,13 +123,41 @@ class Loader:
 
     def close(self) -> None:
         """Stops the threads and processes of all iterators."""
-        while self._iterators:
-            self._iterators.pop().close()
+        for batches in list(self._open):
+            batches.close()
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+class _Batches(Iterator[Batch]):
+    """Batches, each of `parts` elements of a dataset.
+
+    With `copy`, their arrays are taken out of the memory that worker processes share, so that it is
+    free again at once, and nothing of it is left when the program ends.
+    """
+
+    def __init__(self, iterator: Any, parts: int, copy: bool):
+        self._iterator, self._parts, self._copy = iterator, parts, copy
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise ValueError("These batches are closed.")
+        batch = _joined([next(self._iterator) for _ in range(self._parts)])
+        if self._copy and self._parts == 1:
+            return batch._replace(arrays={k: np.array(v) for k, v in batch.arrays.items()})
+        return batch
+
+    def close(self) -> None:
+        """Stops its threads and processes; a second call does nothing."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __del__(self):
         self.close()
 
 

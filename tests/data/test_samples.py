@@ -243,3 +243,22 @@ def test_worker_processes_end_when_their_parent_is_killed(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
+
+
+_HELD = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.data.test_samples import Marked, make, make_tokenizer
+if __name__ == "__main__":
+    with make(make_tokenizer(), Marked(48), num_workers=2) as one:
+        batches = one.batches()
+        held = [next(batches) for _ in range(4)]
+"""
+
+
+def test_a_program_that_holds_batches_of_workers_ends_quietly(tmp_path):
+    """Nothing of the shared memory is left, of which Python's resource tracker would speak."""
+    script = tmp_path / "held.py"
+    script.write_text(_HELD.format(root=str(pathlib.Path(__file__).parents[2])))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
