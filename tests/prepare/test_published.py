@@ -11,6 +11,7 @@ import sys
 import types
 
 from etils import epath
+import fsspec
 import pytest
 
 from t2i_jax.data.webdataset import WebDataset
@@ -274,6 +275,10 @@ def test_all_may_be_remote_but_the_cache(tmp_path, monkeypatch):
     write_cc12m(tmp_path)
     monkeypatch.setattr(
         epath, "Path", lambda path: _Bucket(str(path).replace("gs://bucket", str(tmp_path)))
+    )
+    system = fsspec.filesystem("file")
+    monkeypatch.setattr(
+        fsspec.core, "url_to_fs", lambda path: (system, path.replace("gs://bucket", str(tmp_path)))
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     pattern, lines = "gs://bucket/cc12m-train-{0000..0002}.tar", "gs://bucket/train.jsonl"

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 
 from etils import epath
+import fsspec
 from PIL import Image
 import pytest
 
@@ -147,6 +148,10 @@ class _Bucket(type(pathlib.Path())):
 def test_remote_shards_are_written_through_epath(tmp_path, monkeypatch):
     monkeypatch.setattr(
         epath, "Path", lambda path: _Bucket(str(path).replace("gs://bucket", str(tmp_path)))
+    )
+    system = fsspec.filesystem("file")
+    monkeypatch.setattr(
+        fsspec.core, "url_to_fs", lambda path: (system, path.replace("gs://bucket", str(tmp_path)))
     )
     with ShardWriter("gs://bucket/0.tar") as shard:
         shard.write("a", sample())
