@@ -18,6 +18,7 @@ import numpy as np
 _ORDER, _BUCKET, _REPLACEMENT = 0, 16, 17  # words of the seed; the draws of a sample have 1 to 15
 _SCALE = 1 << 30  # to which weights are rounded
 _WINDOW = 1024  # steps within which the turns of the buckets are shuffled
+_KEPT = 8  # windows that are remembered
 NO_BUCKET = -1
 
 
@@ -129,11 +130,13 @@ class Order:
         if self._turns is None:
             return next(iter(self._streams)), step
         window, place = divmod(step, _WINDOW)
-        if window not in self._windows:
-            if len(self._windows) > 8:
+        found = self._windows.get(window)  # held here: another thread may forget the others
+        if found is None:
+            found = self._window(window)
+            if len(self._windows) >= _KEPT:
                 self._windows = {}
-            self._windows[window] = self._window(window)
-        return self._windows[window][place]
+            self._windows[window] = found
+        return found[place]
 
     def _window(self, window: int) -> list[tuple[int, int]]:
         """`bucket` of the steps of a window."""

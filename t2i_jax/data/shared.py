@@ -24,6 +24,7 @@ def pack(array: np.ndarray) -> Any:
 
 
 def unpack(packed: Any) -> np.ndarray:
+    """The array of `pack`; a large one is mapped, and OSError tells that its file is gone."""
     if isinstance(packed, _Mapped):
         return np.load(packed.path, mmap_mode="r", allow_pickle=False)
     return packed

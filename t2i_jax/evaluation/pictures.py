@@ -53,6 +53,7 @@ def grid(
 
 
 def fit(image: np.ndarray, cell: int) -> Image.Image:
+    """uint8 (H, W, 3), at most `cell` pixels a side: enlarged by a whole factor, or reduced."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"An image is uint8 (H, W, 3), got {image.dtype} {image.shape}.")
     height, width = image.shape[:2]

@@ -56,7 +56,11 @@ class FaultLog:
 
 
 class FaultCount:
-    """How many samples were bad, by cause, of all hosts; raises DataError beyond `max_rate`."""
+    """How many samples were bad, by cause, of all hosts, and whether that is more than `max_rate`.
+
+    Attributes:
+      total_C: int64 (causes,), since the run began; `start` are those before this process.
+    """
 
     def __init__(self, max_rate: float, batch_size: int, start: Sequence[int] | None = None):
         self.total_C = np.zeros(len(Cause), np.int64) if start is None else np.array(start)

@@ -74,6 +74,25 @@ def test_buckets_have_whole_epochs():
     assert [one.bucket(s)[1] for s in steps] == list(range(len(steps)))
 
 
+class Forgetful(dict):
+    """Another thread forgets everything as soon as one has looked whether it is there."""
+
+    def __contains__(self, key):
+        return self.get(key) is not None
+
+    def get(self, key, default=None):
+        found = super().get(key, default)
+        self.clear()
+        return found
+
+
+def test_threads_may_stand_in_different_windows():
+    one = Order([Part(0, len(BUCKETS), 1.0)], 5, SEED, BUCKETS, num_buckets=4)
+    expected = [one.bucket(step) for step in (0, 1, 1024, 1025)]
+    one._windows = Forgetful(one._windows)
+    assert [one.bucket(step) for step in (0, 1, 1024, 1025)] == expected
+
+
 def test_buckets_of_a_mixture_keep_its_shares():
     bucket_N = np.array([0] * 800 + [1] * 200 + [0] * 100 + [1] * 300)
     parts = [Part(0, 1000, 1.0), Part(1000, 1400, 1.0)]
