@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP
-    config.dit.remat = "none"  # 'none' | 'full' | 'dots': what the backward pass recomputes
+    # What the backward pass recomputes; models/layers.py says what each of these keeps.
+    config.dit.remat = "none"  # 'none' | 'products' | 'outputs' | 'offload' | 'full'
     config.dit.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # The frozen CLIP text encoder (SD3's first, CLIP L), used only where dit.pooled_width > 0.
@@ -166,6 +167,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 512  # global
     config.train.accumulation = 1  # microbatches a step; what is frozen reads the whole batch
     config.train.dtype = "bfloat16"  # of the computation; masters, norms and loss are float32
+    config.train.attention = "auto"  # 'auto' | 'xla' | 'splash' | 'cudnn': kernel of attention
     config.train.frozen_dtype = "bfloat16"  # of the stored LLM and autoencoder
     config.train.log_every = 10  # steps between lines of metrics.jsonl
 

@@ -23,6 +23,7 @@ def model(config: ConfigDict) -> TextToImageModel:
         config.dit,
         channels=config.autoencoder.channels,
         dtype=jnp.dtype(config.train.dtype),
+        kernel=config.train.attention,
     )
 
 

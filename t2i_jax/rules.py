@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.buckets import parse as parse_shape
 from t2i_jax.data.sources import FILES, SOURCES, ingredients
+from t2i_jax.models.attention import KERNELS
 from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
 from t2i_jax.models.conditioning import CONDITIONING
 from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
@@ -34,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.source": tuple(MEMORY_SOURCES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
+    "train.attention": KERNELS,
     "train.dtype": ("float32", "bfloat16"),
     "train.frozen_dtype": ("float32", "bfloat16"),
 }

@@ -5,18 +5,24 @@ module alone knows what that means on a machine. Mesh axes are
 
     data    replicas of the parameters: the least traffic
     fsdp    shards of parameters, optimiser state, EMA and batch
-    tensor  shards of heads, feed-forward width and vocabulary: the most traffic
+    tensor  shards of heads and feed-forward width: the most traffic
 
 A batch is split over data x fsdp. Every matrix has one axis on 'fsdp' (its model width) and at most
-one on 'tensor'; vectors (norms, biases) are whole everywhere. Two axes of one array that claim the
-same mesh axis are an error.
+one on 'tensor'; a table of embeddings has its rows on both; vectors (norms, biases) are whole
+everywhere. Two axes of one array that claim the same mesh axis are an error.
+
+A sharded matrix is gathered along 'fsdp' where it is used (`product`), one layer at a time inside
+the loop over layers, and its gradient leaves as shards: along 'fsdp' weights travel, activations do
+not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -35,7 +41,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": None,  # one head in Gemma 2B: too few to split
     "head": None,
     "mlp": "tensor",
-    "vocab": "tensor",
+    "vocab": ("fsdp", "tensor"),
     "modulation": None,
     "patch": None,
     "layers": None,
@@ -107,6 +113,76 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, to_spec(axes))
 
 
+def product(x: jax.Array, matrix: jax.Array, axes: Sequence[str | None], sizes) -> jax.Array:
+    """x (rows, inputs) @ matrix (inputs, outputs), the matrix gathered along 'fsdp' for it.
+
+    Its two axes have the logical names `axes`; each may be several axes of a weight flattened, of
+    which the first is named, and has `sizes`. The backward pass keeps the shards, gathers once
+    more, and hands out the gradient as shards. Said explicitly, because the partitioner left alone
+    moves activations instead, keeps whole matrices for the backward pass, and sums whole gradients
+    where a scattered sum would do. What travels has the matrix's dtype: cast it before.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x @ matrix
+    held = _divisible(to_spec(axes), sizes, mesh)
+    whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in held))
+    return _product(x, matrix, held, whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, matrix, held, whole):
+    del held
+    return x @ jax.lax.with_sharding_constraint(matrix, whole)
+
+
+def _product_forwards(x, matrix, held, whole):
+    return _product(x, matrix, held, whole), (x, matrix)
+
+
+def _product_backwards(held, whole, kept, gradient):
+    x, matrix = kept
+    matrix = jax.lax.with_sharding_constraint(matrix, whole)
+    to_x = jax.lax.dot_general(gradient, matrix, (((1,), (1,)), ((), ())))
+    to_matrix = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())))
+    return to_x, jax.lax.with_sharding_constraint(to_matrix, held)
+
+
+_product.defvjp(_product_forwards, _product_backwards)
+
+
+def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """table[ids]: (B, T, D), of a table with its axis 'vocab' sharded; the rows travel, not it.
+
+    Every device looks up the ids of its 'fsdp' group in its own rows, and the sum over the group,
+    of which one term is not zero, leaves each with its part of the batch: exact in any dtype.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, vocab = RULES["batch"], RULES["vocab"]
+    whole = mesh.empty or mesh.size == 1
+    if whole or table_VD.shape[0] % _shards(vocab, mesh) or ids_BT.shape[0] % _shards(batch, mesh):
+        return jnp.take(table_VD, ids_BT, axis=0)
+
+    def own_rows(table, ids):
+        ids = jax.lax.all_gather(ids, "fsdp", tiled=True)
+        rows = ids - jax.lax.axis_index(vocab) * table.shape[0]
+        own = (rows >= 0) & (rows < table.shape[0])
+        found = jnp.where(own[..., None], jnp.take(table, jnp.where(own, rows, 0), axis=0), 0)
+        return jax.lax.psum(jax.lax.psum_scatter(found, "fsdp", tiled=True), "tensor")
+
+    specs = (PartitionSpec(vocab, None), PartitionSpec(batch, None))
+    return jax.shard_map(own_rows, in_specs=specs, out_specs=PartitionSpec(batch, None, None))(
+        table_VD, ids_BT
+    )
+
+
+def device() -> tuple[str, str]:
+    """(platform, kind) of the devices that a program is being made for: ('tpu', 'TPU v4')."""
+    found = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    found = jax.devices()[0] if found is None else found
+    return found.platform, found.device_kind
+
+
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of `Named` (abstract) parameters, unboxed.
 
@@ -157,7 +233,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a global batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _shards(RULES["batch"], mesh)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -177,10 +253,14 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
 def _divisible(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     entries = []
     for size, entry in zip(shape, spec, strict=True):
-        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        shards = int(np.prod([mesh.shape[name] for name in names]))
-        entries.append(entry if size % shards == 0 else None)
+        entries.append(entry if size % _shards(entry, mesh) == 0 else None)
     return PartitionSpec(*entries)
+
+
+def _shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+    """Into how many parts an axis with this entry of a spec is split."""
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    return int(np.prod([mesh.shape[name] for name in names]))
 
 
 def _names(path) -> tuple[str, ...]:

@@ -155,9 +155,8 @@ CONTRADICTIONS = {
     "'adaln-single', 'addition', 'none']. Did you mean adaln-zero?": {
         "dit__conditioning": "adaln_zero"
     },
-    "dit.remat = 'dot' is unknown; known: ['none', 'full', 'dots']. Did you mean dots?": {
-        "dit__remat": "dot"
-    },
+    "dit.remat = 'product' is unknown; known: ['none', 'products', 'outputs', 'offload', "
+    "'full']. Did you mean products?": {"dit__remat": "product"},
 }
 
 

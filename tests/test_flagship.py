@@ -130,7 +130,7 @@ def config(tmp_path_factory):
     c.weights.update(llm=str(files / "gemma"), tokenizer=str(files / "gemma"))
     c.weights.autoencoder = str(files / "vae")
     c.llm.update(tiny.LLM)
-    c.dit.update(tiny.DIT, remat="dots")
+    c.dit.update(tiny.DIT, remat="products")
     c.data.update(path=str(files / "data" / "*.tar"), image_size=32, max_text_tokens=10)
     c.data.update(validation_size=8, num_threads=2)
     c.train.update(steps=2, batch_size=16, log_every=1)

@@ -29,7 +29,7 @@ def test_the_table():
     assert sharding.to_spec(("layers", "embed", "heads", "head")) == P(None, "fsdp", "tensor", None)
     assert sharding.to_spec(("embed", "kv_heads", "head")) == P("fsdp", None, None)
     assert sharding.to_spec(("mlp", "embed")) == P("tensor", "fsdp")
-    assert sharding.to_spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert sharding.to_spec(("vocab", None)) == P(("fsdp", "tensor"), None)
     assert sharding.to_spec(("norm",)) == P(None)
 
 
@@ -85,7 +85,9 @@ def test_constrain_needs_a_name_for_each_axis():
     assert y.addressable_shards[0].data.shape == (2, 4)
 
 
-@pytest.mark.parametrize("config", [base.get_config(), tiny.config()], ids=["base", "tiny"])
+@pytest.mark.parametrize(
+    "config", [base.get_config(), tiny.config(llm__vocab_size=304)], ids=["base", "tiny"]
+)
 def test_every_parameter_has_axes_and_every_matrix_is_sharded(config):
     """Over 8 devices all that is large is split: less than a quarter of the bytes on each."""
     trained, frozen = build.abstract_params(config)
@@ -94,13 +96,59 @@ def test_every_parameter_has_axes_and_every_matrix_is_sharded(config):
         shardings = sharding.param_shardings(boxed, mesh)
         for path, where in flatten_dict(shardings, sep="/").items():
             name = path.split("/")
-            assert ("fsdp" in where.spec) == ("weight" in name and "norm" not in path), path
+            axes = [m for e in where.spec for m in (e if isinstance(e, tuple) else (e,))]
+            assert ("fsdp" in axes) == ("weight" in name and "norm" not in path), path
         whole = meta.unbox(boxed)
         total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
         held = sharding.bytes_per_device(whole, shardings)
         assert total / 8 <= held < total / 4
     with pytest.raises(ValueError, match=r"Parameter \['a'\] has no logical axes"):
         sharding.param_shardings({"a": jnp.zeros(3)}, mesh)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_rows_of_a_sharded_table_are_those_of_the_whole(sizes):
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((48, 5)).astype(np.float32)
+    ids = rng.integers(0, 48, (8, 3))
+    up = rng.standard_normal((8, 3, 5)).astype(np.float32)
+    mesh = mesh_of(sizes)
+    placed = jax.device_put(table, jax.NamedSharding(mesh, sharding.to_spec(("vocab", None))))
+    with jax.set_mesh(mesh):
+        rows, back = jax.jit(lambda t: jax.vjp(lambda t: sharding.take_rows(t, ids), t))(placed)
+        (grad,) = back(up)
+        one_row = jax.jit(lambda t: sharding.take_rows(t, ids[:1]))(placed)  # not divisible
+    np.testing.assert_array_equal(rows, table[ids])
+    np.testing.assert_array_equal(one_row, table[ids[:1]])
+    wanted = np.zeros_like(table)
+    np.add.at(wanted, ids, up)
+    np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed"), ("embed", "modulation")])
+def test_a_product_gathers_weights_and_scatters_gradients(sizes, axes):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 24)))
+    up = rng.standard_normal((16, 24)).astype(np.float32)
+    mesh = mesh_of(sizes)
+    place = jax.NamedSharding(mesh, sharding.to_spec(axes))
+    rows = sharding.batch_sharding(mesh)
+
+    def f(x, w):
+        y, back = jax.vjp(lambda x, w: sharding.product(x, w, axes, w.shape), x, w)
+        return y, *back(up)
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(f, in_shardings=(rows, place), out_shardings=(rows, rows, place))
+        y, to_x, to_w = step(x, w)
+        text = step.lower(x, w).compile().as_text()
+    np.testing.assert_allclose(y, x @ w, atol=1e-5)
+    np.testing.assert_allclose(to_x, up @ w.T, atol=1e-5)
+    np.testing.assert_allclose(to_w, x.T @ up, atol=1e-5)
+    assert to_w.sharding.spec == place.spec
+    assert ("all-gather" in text) == (mesh.shape["fsdp"] > 1)
+    assert "all-to-all" not in text
 
 
 def test_what_a_mesh_axis_does_not_divide_stays_whole():

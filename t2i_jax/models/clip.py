@@ -54,7 +54,7 @@ class CLIPBlock(nn.Module):
     dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BTT):
+    def __call__(self, x_BTD):
         width = x_BTD.shape[-1]
         head_width = width // self.num_heads
         both = {"bias": True, "init": _INIT, "dtype": self.dtype}
@@ -64,7 +64,7 @@ class CLIPBlock(nn.Module):
             return layers.Einsum("BTD,DNH->BTNH", shape, axes, name=name, **both)(h_BTD)
 
         h_BTD = LayerNorm(self.norm_eps, name="attention_norm")(x_BTD)
-        a_BTNH = attend(heads("q"), heads("k"), heads("v"), mask_BTT, scale=head_width**-0.5)
+        a_BTNH = attend(heads("q"), heads("k"), heads("v"), scale=head_width**-0.5, causal=True)
         shape, axes = (self.num_heads, head_width, width), ("heads", "head", "embed")
         x_BTD += layers.Einsum("BTNH,NHD->BTD", shape, axes, name="attention_out", **both)(a_BTNH)
 
@@ -104,7 +104,7 @@ class CLIPText(nn.Module):
         self.embed = layers.Embed(self.vocab_size, self.width, self.dtype)
         table = with_axes(nn.initializers.normal(0.01), (None, "embed"))
         self.positions = self.param("positions", table, (self.max_tokens, self.width))
-        self.blocks = layers.scan_layers(CLIPBlock, self.num_layers, (nn.broadcast,))(
+        self.blocks = layers.scan_layers(CLIPBlock, self.num_layers, ())(
             self.num_heads, self.mlp_width, self.activation, self.norm_eps, self.dtype
         )
         self.final_norm = LayerNorm(self.norm_eps)
@@ -120,8 +120,7 @@ class CLIPText(nn.Module):
             raise ValueError(f"{length} tokens, but CLIP has {self.max_tokens} positions.")
         x_BTD = self.embed.encode(ids_BT) + self.positions[:length].astype(self.dtype)
         x_BTD = constrain(x_BTD, "batch", "text", None)
-        causal_BTT = jnp.tril(jnp.ones((1, length, length), bool))
-        x_BTD, _ = self.blocks(x_BTD, causal_BTT)
+        x_BTD, _ = self.blocks(x_BTD)
         last = ids_BT if self.eos_id == LAST_TOKEN else ids_BT == self.eos_id
         end_B11 = jnp.argmax(last, axis=1)[:, None, None]
         x_BD = jnp.take_along_axis(x_BTD, end_B11, axis=1)[:, 0]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import chex
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2i_jax.models import conditioning, layers
@@ -67,6 +68,7 @@ class DiTBlock(nn.Module):
     dtype: layers.Dtype
     softcap: float = 0.0
     query_scalar: float = 0.0
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(self, x_BID, text, condition, mask_BT, angles):
@@ -89,7 +91,8 @@ class DiTBlock(nn.Module):
 
         h_BID = self.enter("mlp_norm", x_BID, affines[1])
         mlp = layers.GatedMLP(x_BID.shape[-1], self.mlp_width, dtype=self.dtype, name="mlp")
-        x_BID = self.leave("mlp_post_norm", x_BID, mlp(h_BID), affines[1])
+        h_BID = checkpoint_name(mlp(h_BID), "mlp")
+        x_BID = self.leave("mlp_post_norm", x_BID, h_BID, affines[1])
         return constrain(x_BID, "batch", "image", None), None
 
     def enter(self, name, x_BID, affine: conditioning.Affine | None):
@@ -119,13 +122,14 @@ class DiTBlock(nn.Module):
             jnp.concatenate([text.mask_BT, jnp.ones(h_BID.shape[:2], bool)], axis=1),
             scale=(self.query_scalar or self.head_width) ** -0.5,
             softcap=self.softcap,
+            kernel=self.kernel,
         )
         return self.output(a_BINH, h_BID.shape[-1], "attention_out")
 
     def attend_to_image(self, h_BID, angles):
         """The image tokens among themselves."""
         q_BINH, k_BIKH, v_BIKH, _ = self.project(h_BID, angles)
-        a_BINH = attend(q_BINH, k_BIKH, v_BIKH, scale=self.head_width**-0.5)
+        a_BINH = attend(q_BINH, k_BIKH, v_BIKH, scale=self.head_width**-0.5, kernel=self.kernel)
         return self.output(a_BINH, h_BID.shape[-1], "attention_out")
 
     def attend_to_text(self, x_BID, text: "Text"):
@@ -143,6 +147,7 @@ class DiTBlock(nn.Module):
             text.mask_BT,
             scale=(self.query_scalar or self.head_width) ** -0.5,
             softcap=self.softcap,
+            kernel=self.kernel,
         )
         return self.output(a_BINH, x_BID.shape[-1], "cross_out")
 
@@ -201,6 +206,7 @@ class DiT(nn.Module):
     norm_eps: float = 1e-6
     remat: str = "none"
     unroll: int = 1
+    kernel: str = "auto"  # of attention
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
@@ -245,6 +251,7 @@ class DiT(nn.Module):
             self.dtype,
             self.softcap,
             self.query_scalar,
+            self.kernel,
         )
         self.final_norm = layers.RMSNorm(self.norm_eps)
         self.out = layers.Einsum(

@@ -61,8 +61,11 @@ def build(
     *,
     channels: int,
     dtype=jnp.float32,
+    kernel: str = "auto",
 ) -> TextToImageModel:
     """The model of three config sections. The DiT takes its heads and rotary base from the LLM.
+
+    `dtype` is of the computation, `kernel` of attention (`attention.KERNELS`).
 
     Raises TypeError for a key that the constructors do not know, ValueError for an unknown source.
     """
@@ -83,7 +86,7 @@ def build(
     if num_shared and llm.get("softcap_shared", False):
         shared |= {key: llm[key] for key in ("softcap", "query_scalar")}
     return TextToImageModel(
-        llm=from_config(llm, num_shared, dtype),
+        llm=from_config(llm, num_shared, dtype, kernel),
         memory=remember,
         dit=DiT(
             **dit,
@@ -91,6 +94,7 @@ def build(
             normalise_text=source.normalises_keys,
             channels=channels,
             dtype=dtype,
+            kernel=kernel,
         ),
     )
 

@@ -11,12 +11,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2i_jax.sharding import with_axes
+from t2i_jax.models.attention_tpu import RESIDUALS
+from t2i_jax.sharding import product, take_rows, with_axes
 
 Dtype = Any
 Init = Callable[..., Callable[..., jax.Array]]  # (in_axis=, out_axis=) of a weight -> initialiser
+
+# Checkpoint names of what remat policies keep of a block.
+PRODUCT = "product"  # of a weight and activations
+OUTPUTS = (RESIDUALS, "mlp")  # of attention and of the MLP
 
 zeros = nn.initializers.zeros
 xavier: Init = functools.partial(nn.initializers.variance_scaling, 1.0, "fan_avg", "uniform")
@@ -56,8 +62,10 @@ class Einsum(nn.Module):
         inputs, outputs = self.shape[:contracted], self.shape[contracted:]
         matrix = weight.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
         rows = x.shape[: x.ndim - contracted]
-        y = x.astype(self.dtype).reshape(math.prod(rows), math.prod(inputs)) @ matrix
-        y = y.reshape(*rows, *outputs)
+        x = x.astype(self.dtype).reshape(math.prod(rows), math.prod(inputs))
+        first = (0, contracted)  # of the axes that each of the matrix's two is made of
+        names, sizes = ([of[i] for i in first] for of in (self.axes, self.shape))
+        y = checkpoint_name(product(x, matrix, names, sizes), PRODUCT).reshape(*rows, *outputs)
         if self.bias:
             axes = tuple("norm" if axis == "embed" else axis for axis in self.axes[contracted:])
             bias = self.param("bias", with_axes(zeros, axes), outputs)
@@ -83,12 +91,12 @@ class Embed(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        init = with_axes(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
+        init = with_axes(nn.initializers.normal(self.width**-0.5), ("vocab", None))
         self.weight = self.param("weight", init, (self.vocab_size, self.width))
 
     def encode(self, ids_BT: jax.Array) -> jax.Array:
         """(B, T) int -> (B, T, D)."""
-        return jnp.take(self.weight, ids_BT, axis=0).astype(self.dtype)
+        return take_rows(self.weight, ids_BT).astype(self.dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """(B, T, D) -> float32 logits (B, T, V)."""
@@ -202,18 +210,31 @@ class QKV(nn.Module):
         )
 
 
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": _policies.save_only_these_names(PRODUCT, RESIDUALS),
+    "outputs": _policies.save_only_these_names(*OUTPUTS),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(OUTPUTS),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "full": _policies.nothing_saveable,
 }
 
 
 def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """The block, its backward pass recomputing what the named policy does not keep.
 
-    'none' keeps everything, 'full' keeps the block's input alone, 'dots' keeps the outputs of the
-    weight products. Raises ValueError for another name.
+      none      keeps everything
+      products  keeps the outputs of the weight products and of attention
+      outputs   keeps the outputs of attention and of the MLP, and the block's input
+      offload   the same, but for the input in the host's memory
+      full      keeps the block's input alone
+
+    Raises ValueError for another name.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"Unknown remat policy {policy!r}; known: {list(REMAT_POLICIES)}.")

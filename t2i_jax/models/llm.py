@@ -43,9 +43,10 @@ class LLMBlock(nn.Module):
     qk_norm: bool = False
     query_scalar: float = 0.0
     softcap: float = 0.0
+    kernel: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BTT, angles, plain=None):
+    def __call__(self, x_BTD, mask_BT, angles, plain=None):
         """`plain`, a boolean scalar: whether this layer goes without its own scale and soft cap.
 
         None: it does not, and what it would do otherwise is not compiled.
@@ -65,7 +66,7 @@ class LLMBlock(nn.Module):
         if self.qk_norm:
             q_BTNH = norm("q_norm", q_BTNH).astype(self.dtype)
             k_BTKH = norm("k_norm", k_BTKH).astype(self.dtype)
-        operands = rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH, mask_BTT
+        operands = rotate(q_BTNH, angles), rotate(k_BTKH, angles), v_BTKH, mask_BT
         a_BTNH = self.causal_attention(operands, plain)
         h_BTD = layers.output_projection(a_BTNH, width, name="attention_out", **both)
         x_BTD = x_BTD + after("attention_post_norm", h_BTD)
@@ -76,20 +77,21 @@ class LLMBlock(nn.Module):
     def causal_attention(self, operands, plain):
         """`attend` on its operands, with this layer's scale and soft cap unless it is plain."""
         scale = (self.query_scalar or self.head_width) ** -0.5
-        own = functools.partial(attend, scale=scale, softcap=self.softcap)
+        causally = functools.partial(attend, causal=True, kernel=self.kernel)
+        own = functools.partial(causally, scale=scale, softcap=self.softcap)
         if plain is None:
             return own(*operands)
-        return jax.lax.cond(
-            plain, functools.partial(attend, scale=self.head_width**-0.5), own, *operands
-        )
+        plainly = functools.partial(causally, scale=self.head_width**-0.5)
+        return jax.lax.cond(plain, plainly, own, *operands)
 
 
 class LLM(nn.Module):
     """(B, T) token ids, right-padded, and their mask -> TextFeatures.
 
-    The fields are the keys of the config's section `llm`, which says what they mean, except two:
+    The fields are the keys of the config's section `llm`, which says what they mean, except these:
 
       num_plain: how many layers, the last ones, attend without `query_scalar` and `softcap`.
+      kernel: of attention, of `attention.KERNELS`.
       dtype: of the computation.
     """
 
@@ -113,6 +115,7 @@ class LLM(nn.Module):
     max_tokens: int = 8192
     unroll: int = 1
     num_plain: int = 0
+    kernel: str = "auto"
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
@@ -132,6 +135,7 @@ class LLM(nn.Module):
             qk_norm=self.qk_norm,
             query_scalar=self.query_scalar if own else 0.0,
             softcap=self.softcap if own else 0.0,
+            kernel=self.kernel,
         )
         self.final_norm = layers.RMSNorm(self.norm_eps, self.norm_offset)
 
@@ -156,13 +160,12 @@ class LLM(nn.Module):
                 "up to which this language model is what was published; cut it."
             )
         mask_BT = mask_BT.astype(bool)
-        mask_BTT = jnp.tril(jnp.ones((length, length), bool)) & mask_BT[:, None, :]
         x_BTD = self.embed.encode(ids_BT)
         if self.scale_embedding:
             x_BTD = x_BTD * jnp.asarray(self.width**0.5, self.dtype)
         x_BTD = constrain(x_BTD, "batch", "text", None)
         angles = text_angles(length, self.head_width, self.rope_theta)
-        x_BTD, (k_LBTKH, v_LBTKH) = self.blocks(x_BTD, mask_BTT, angles, *self._flags())
+        x_BTD, (k_LBTKH, v_LBTKH) = self.blocks(x_BTD, mask_BT, angles, *self._flags())
         hidden_BTD = self.final_norm(x_BTD).astype(self.dtype)
         return TextFeatures(k_LBTKH, v_LBTKH, hidden_BTD, mask_BT)
 
@@ -171,7 +174,9 @@ class LLM(nn.Module):
         return soft_cap(self.embed.decode(self(ids_BT, mask_BT).hidden_BTD), self.logit_softcap)
 
 
-def from_config(llm: Mapping[str, Any], num_shared: int = 0, dtype: Any = jnp.float32) -> LLM:
+def from_config(
+    llm: Mapping[str, Any], num_shared: int = 0, dtype: Any = jnp.float32, kernel: str = "auto"
+) -> LLM:
     """The language model of a config's section, of which a DiT shares the last `num_shared` layers.
 
     In the published models those attend plainly, whatever the language model is: the section's
@@ -180,4 +185,4 @@ def from_config(llm: Mapping[str, Any], num_shared: int = 0, dtype: Any = jnp.fl
     """
     fields = dict(llm)
     own = fields.pop("softcap_shared", False)
-    return LLM(**fields, num_plain=0 if own else num_shared, dtype=dtype)
+    return LLM(**fields, num_plain=0 if own else num_shared, dtype=dtype, kernel=kernel)

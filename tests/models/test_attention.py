@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import sharding
+from t2i_jax.models import attention_gpu, attention_tpu
 from t2i_jax.models.attention import attend
 
 B, Q, S, N, K, H = 2, 3, 5, 4, 2, 6
@@ -32,30 +34,103 @@ def literal(q, k, v, seen, bound=lambda scores: scores):
 
 EVERYTHING = np.ones((B, Q, S), bool)
 BY_KEY = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1]], bool)
-BY_QUERY = np.array(
-    [
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
-        [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 1]],
-    ],
-    bool,
-)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize(
-    "mask, seen",
-    [
-        (None, EVERYTHING),
-        (BY_KEY, np.broadcast_to(BY_KEY[:, None], (B, Q, S))),
-        (BY_QUERY, BY_QUERY),
-    ],
-    ids=["all", "by key", "by query and key"],
-)
-def test_attention_is_numpys(kv_heads, mask, seen):
+@pytest.mark.parametrize("mask", [None, BY_KEY], ids=["all", "by key"])
+def test_attention_is_numpys(kv_heads, mask):
     q, k, v = operands(kv_heads)
+    seen = EVERYTHING if mask is None else np.broadcast_to(mask[:, None], (B, Q, S))
     np.testing.assert_allclose(
         attend(q, k, v, mask, scale=SCALE), literal(q, k, v, seen), rtol=0, atol=1e-6
     )
+
+
+def test_a_causal_query_sees_keys_up_to_its_own():
+    _, k, v = operands()
+    q = np.random.default_rng(1).standard_normal((B, S, N, H)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    past = np.array(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool
+    )
+    for seen, by_key in ((past & mask[:, None], mask), (np.stack([past] * B), None)):
+        out = attend(q, k, v, by_key, scale=SCALE, causal=True)
+        np.testing.assert_allclose(out, literal(q, k, v, seen), rtol=0, atol=1e-6)
+    with pytest.raises(AssertionError):
+        attend(q[:, :3], k, v, scale=SCALE, causal=True)
+
+
+KERNEL_MASKS = {
+    "all": lambda rng, queries, keys: (None, False),
+    "padding": lambda rng, queries, keys: (np.arange(keys) < np.array([[keys - 70], [9]]), False),
+    "anywhere": lambda rng, queries, keys: (rng.random((2, keys)) < 0.6, False),
+    "causal": lambda rng, queries, keys: (np.arange(keys) < np.array([[keys], [30]]), True),
+}
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize("masks", KERNEL_MASKS)
+def test_the_tpu_kernel_is_the_same_attention_gradients_included(masks, heads, kv_heads, softcap):
+    """Interpreted, at lengths and widths that are padded: in float32 equal to 2e-5."""
+    rng = np.random.default_rng(2)
+    queries, keys, width = (200, 200, 72) if masks == "causal" else (130, 200, 72)
+    mask, causal = KERNEL_MASKS[masks](rng, queries, keys)
+    shapes = ((2, queries, heads, width), *[(2, keys, kv_heads, width)] * 2)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    weight = rng.standard_normal((2, queries, heads, width)).astype(np.float32)
+
+    def run(kernel):
+        def f(q, k, v):
+            options = {"scale": 0.2, "causal": causal, "softcap": softcap, "kernel": kernel}
+            out = attend(q, k, v, mask, **options)
+            return jnp.sum(out * weight), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    for one, other in zip(run("splash"), run("xla"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (4, 2), (4, 4), (3, 1)])
+def test_the_tpu_kernel_runs_on_any_mesh(sizes, heads, kv_heads):
+    rng = np.random.default_rng(3)
+    shapes = ((8, 128, heads, 128), *[(8, 256, kv_heads, 128)] * 2)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    mask = np.arange(256) < rng.integers(1, 257, (8, 1))
+    wanted = attend(q, k, v, mask, scale=0.1, kernel="xla")
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        got = jax.jit(lambda *x: attend(*x, scale=0.1, kernel="splash"))(q, k, v, mask)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_kernels_suit_shapes_and_devices():
+    def like(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    image, text = like(4, 1024, 8, 256), like(4, 1280, 1, 256)
+    assert attention_tpu.suits(image, text)
+    assert not attention_tpu.suits(like(4, 36, 4, 64), like(4, 60, 1, 64))
+    assert not attention_tpu.suits(like(4, 1024, 8, 16), like(4, 1280, 1, 16))
+    for kind in ("TPU v4", "TPU v5 lite", "TPU v6 lite"):
+        blocks = attention_tpu.block_sizes(1024, 1280, kind)
+        assert 1024 % blocks.block_q == 1280 % blocks.block_kv == 0
+        assert 1024 % blocks.block_q_dkv == 1280 % blocks.block_kv_dkv == 0
+    assert attention_gpu.suits(like(4, 1024, 8, 128), 0.0)
+    for wrong in (like(4, 8, 8, 128, dtype=jnp.float32), like(4, 8, 8, 260), like(4, 8, 8, 256)):
+        assert not attention_gpu.suits(wrong, 0.0)  # the last one on Hopper alone
+    assert not attention_gpu.suits(like(4, 1024, 8, 128), 50.0)
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="Unknown attention kernel 'flash'; known: "):
+        attend(q, k, v, scale=SCALE, kernel="flash")
+
+
+def test_seen_keys_come_first_in_their_order():
+    k = np.arange(10).reshape(2, 5, 1, 1)
+    (first,) = attention_gpu.seen_first(jnp.asarray(BY_KEY), k)
+    assert np.asarray(first)[..., 0, 0].tolist() == [[0, 1, 3, 2, 4], [9, 5, 6, 7, 8]]
 
 
 def test_scores_are_capped_before_the_mask():
@@ -82,10 +157,14 @@ def test_masked_keys_and_values_have_no_influence_at_all():
     assert np.asarray(grads[1])[BY_KEY].all()
 
 
-def test_a_query_that_sees_nothing_gets_the_mean_of_the_values():
-    q, k, v = operands(kv_heads=4)
-    out = attend(q, k, v, np.zeros((B, S), bool), scale=SCALE)
-    np.testing.assert_allclose(out, np.broadcast_to(v.mean(1)[:, None], out.shape), atol=1e-6)
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_a_query_that_sees_nothing_gets_finite_numbers(kernel):
+    q, k, v = operands()
+
+    def f(q, k, v):
+        return attend(q, k, v, np.zeros((B, S), bool), scale=SCALE, kernel=kernel).sum()
+
+    assert all(np.isfinite(x).all() for x in jax.grad(f, (0, 1, 2))(q, k, v))
 
 
 def test_the_softmax_of_bfloat16_is_taken_in_float32():

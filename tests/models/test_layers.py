@@ -150,5 +150,5 @@ def test_scanned_layers_have_their_own_inputs_and_parameters(unroll):
 
 
 def test_an_unknown_remat_policy_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'half'.*none.*full.*dots"):
+    with pytest.raises(ValueError, match=r"'half'.*none.*products.*full"):
         layers.remat(Affine, "half")

@@ -67,12 +67,11 @@ def test_layers_are_a_python_loop_over_their_parameters(params, unroll):
     names = ("num_heads", "num_kv_heads", "head_width", "mlp_width", "norm_eps")
     block = LLMBlock(*(tiny.LLM[name] for name in names), jnp.float32)
     apply = jax.jit(block.apply)
-    causal = np.tril(np.ones((tiny.TEXT,) * 2, bool)) & MASK[:, None]
     angles = text_angles(tiny.TEXT, tiny.LLM["head_width"], tiny.LLM["rope_theta"])
     x = params["embed"]["weight"][IDS] * 4.0  # sqrt(width)
     for i in range(tiny.LLM["num_layers"]):
         own = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
-        x, (k, v) = apply({"params": own}, x, causal, angles)
+        x, (k, v) = apply({"params": own}, x, MASK, angles)
         tiny.close(features.keys_LBTKH[i], k, 1e-5)
         tiny.close(features.values_LBTKH[i], v, 1e-5)
     hidden = layers.RMSNorm(1e-6).apply({"params": params["final_norm"]}, x)
