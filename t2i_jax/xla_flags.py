@@ -27,7 +27,24 @@ class Flag(NamedTuple):
     reason: str
 
 
-FLAGS: tuple[Flag, ...] = ()
+# v5e has both by default. On tpu7x they change nothing: there a product and the collective that
+# brings its operand are one loop of permutations already.
+_SYNCHRONOUS = ("v4", "v5p", "v6e")
+
+FLAGS = (
+    Flag(
+        "xla_enable_async_all_gather",
+        "true",
+        _SYNCHRONOUS,
+        "a layer's weights, sharded over fsdp, are gathered while the layer before computes",
+    ),
+    Flag(
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "true",
+        _SYNCHRONOUS,
+        "the gather runs inside a matrix product; without this, v5p and v6e keep it synchronous",
+    ),
+)
 
 
 def flags(chip: str) -> list[Flag]:

@@ -126,12 +126,12 @@ def test_supervise_shows_every_step(bare):
 def test_what_a_dry_run_prints_is_what_is_done(cloud, script):
     flags = {"run": (*HERE, *TRAIN, ODD), "setup": (*V4, "--repo=https://x/y", "--commit=abc")}
     flags = flags.get(script, HERE)
-    cloud.set("ACTIVE", set_up=True)
+    cloud.set("ACTIVE")
     printed = cloud.run(TPU / f"{script}.sh", *flags, "--dry_run").stdout
     assert cloud.calls() == []
     assert cloud.run(TPU / f"{script}.sh", *flags).returncode == 0
     real = [c for c in cloud.calls() if "describe" not in c]
-    cloud.set("ACTIVE", set_up=True)
+    cloud.set("ACTIVE")
     assert cloud.run("bash", "-e", text=printed).returncode == 0
     assert cloud.calls() == real and real
 
@@ -196,7 +196,7 @@ def test_what_gcloud_refuses_is_told(cloud):
 
 
 def test_run_starts_nothing_while_training_runs(cloud):
-    cloud.set("ACTIVE", set_up=True, busy=1)
+    cloud.set("ACTIVE", busy=1)
     assert cloud.run(TPU / "run.sh", *HERE, *TRAIN).returncode != 0
     assert cloud.steps() == ["idle"]
 
@@ -248,7 +248,7 @@ def test_workers_that_wait_for_one_that_ended_are_stopped(cloud):
 
 
 def test_what_runs_already_is_only_watched(cloud):
-    done = supervise(cloud, "running", "exit 0", resource="ACTIVE", set_up=True, training=True)
+    done = supervise(cloud, "running", "exit 0", resource="ACTIVE", training=True)
     assert done.returncode == 0 and cloud.steps() == []
 
 
@@ -258,7 +258,11 @@ case "$*" in
   *jax*) echo "${DEVICES:-4} 4 TPU v4"; exit "${BROKEN:-0}" ;;
   *pip*) exit 0 ;;
   *crash*) exit 3 ;;
-  *launch/train.py*) trap 'echo saved; exit 75' TERM; echo "args: $*"; while :; do sleep 0.05; done ;;
+  *launch/train.py*)
+    trap 'echo saved; exit 75' TERM
+    echo "args: $*"
+    while :; do sleep 0.05; done
+    ;;
 esac
 """
 UV = f"""#!/usr/bin/env bash

@@ -14,8 +14,8 @@
 # A dry run prints the manifest. Dockerfile makes the image.
 source "$(dirname "${BASH_SOURCE[0]}")/../tpu/common.sh"
 
-parse "name! slices! type! topology! image! config! workdir! chips_per_node retries grace namespace
-  service_account" "spot" "$@"
+names="name! slices! type! topology! image! config! workdir!"
+parse "$names chips_per_node retries grace namespace service_account" "spot" "$@"
 
 [[ $(flag name) =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   bad_flags "--name=$(flag name): up to 40 of a-z, 0-9 and -, beginning with a letter"
