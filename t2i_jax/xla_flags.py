@@ -36,7 +36,7 @@ FLAGS = (
         "xla_enable_async_all_gather",
         "true",
         _SYNCHRONOUS,
-        "a layer's weights, sharded over fsdp, are gathered while the layer before computes",
+        "weights that are sharded over fsdp are gathered while what comes before computes",
     ),
     Flag(
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather",

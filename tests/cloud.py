@@ -22,7 +22,7 @@ cd "$folder/world"
 read_first() { # FILE: its first line, which goes
   local lines
   mapfile -t lines < "$1"
-  REPLY=${lines[0]}
+  REPLY=${lines[0]-exit 0} # what is not foreseen ends
   printf '%s\n' "${lines[@]:1}" > "$1"
 }
 resource=$(< resource) command= words=" $* "

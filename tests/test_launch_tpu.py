@@ -284,7 +284,17 @@ def machine(cloud):
     home.mkdir()
     cloud.program("python3", UV)
     cloud.set("ACTIVE", home=str(home))
-    return repository / "launch" / "tpu", home, cloud
+    yield repository / "launch" / "tpu", home, cloud
+    worker = home / "t2i_jax" / "launch" / "tpu" / "worker.sh"
+    if worker.exists():  # nothing is left running, whatever failed
+        cloud.run(worker, "stop", "5")
+
+
+def until_it_trains(log):
+    deadline = time.monotonic() + LIMIT
+    while "args: " not in log.read_text().rpartition("== ")[2]:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
 
 
 def test_set_up_run_watch_and_stop_on_a_machine(machine):
@@ -304,10 +314,7 @@ def test_set_up_run_watch_and_stop_on_a_machine(machine):
     again = cloud.run(scripts / "run.sh", *HERE, *TRAIN)
     assert again.returncode == 1 and "training runs already" in again.stderr
     assert cloud.run(scripts / "setup.sh", *flags).returncode == 1  # nor is its code replaced
-    deadline = time.monotonic() + LIMIT
-    while "args" not in (code / "runs" / "train.log").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until_it_trains(code / "runs" / "train.log")
     stop = cloud.run(scripts / "stop.sh", *HERE, f"--wait={LIMIT}")
     assert stop.returncode == 0 and re.fullmatch(r"\S+ exit 75\n", stop.stdout)
     logs = cloud.run(scripts / "logs.sh", *HERE, "--nofollow")
@@ -340,10 +347,15 @@ def test_how_training_ended_is_known_or_known_to_be_lost(machine):
     until("exit 3")
     assert cloud.run(worker, "start", "--config=c").returncode == 0
     until("running")
-    (pid,) = (runs / "train.pid").read_text().split()
-    parent = re.search(r"PPid:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1]
-    subprocess.run(["kill", "-KILL", parent, pid], check=True)  # as when the machine goes down
-    until("lost")
+    for signal, end in (("-TERM", "exit 75"), ("-KILL", "lost")):
+        until_it_trains(runs / "train.log")
+        pid = (runs / "train.pid").read_text().strip()
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        parent = re.search(r"PPid:\s+(\d+)", status)[1]
+        subprocess.run(["kill", signal, parent, pid], check=True)  # as when a machine goes down
+        until(end)
+        assert cloud.run(worker, "start", "--config=c").returncode == 0
+    assert cloud.run(worker, "stop", str(LIMIT)).returncode == 0
 
 
 def test_the_scripts_are_shellcheck_clean():

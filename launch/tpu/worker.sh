@@ -73,7 +73,7 @@ start() {
 
 _train() { # what start leaves behind: waits for training and writes down how it ended
   local status=0
-  trap 'kill -TERM "$child" 2> /dev/null' TERM INT HUP
+  trap : TERM INT HUP # a machine that goes down tells all processes; this one is to see the end
   "$PYTHON" launch/train.py "$@" &
   child=$!
   echo "$child" > "$PID.new"
