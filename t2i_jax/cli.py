@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import os
 import re
 import sys
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from t2i_jax import config as configs
+from t2i_jax import xla_flags
 from t2i_jax.errors import ConfigError, UserError
 
 _PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}
@@ -39,6 +41,7 @@ def run(main: Callable[[Sequence[str]], Any], *, commands: bool = False) -> NoRe
         with _reported():
             return main(argv)
 
+    xla_flags.apply(os.environ)  # before the first use of a device
     app.run(guarded, flags_parser=parse)
 
 
