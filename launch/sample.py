@@ -49,7 +49,7 @@ def main(_):
     prompts = prompts or list(pipeline.config.sampling.prompts)
     columns = min(8, len(prompts))  # a prompt a column, where they fit
     prompts *= NUM_IMAGES.value
-    with Progress(len(prompts), name="drawing") as bar:
+    with Progress(len(prompts), name="drawing", shown=jax.process_index() == 0) as bar:
         images = pipeline.draw(
             prompts,
             steps=STEPS.value,

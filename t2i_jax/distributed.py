@@ -43,7 +43,8 @@ from t2i_jax.errors import ConfigError, UserError
 _METADATA = "metadata.google.internal"
 _METADATA_LIMIT = 2.0  # seconds; it is on the same machine
 _START = 100  # seconds that JAX's own start has, once all have answered
-_SEEN = 90  # seconds until a network file system shows a new file on every host
+_END = 60  # seconds that a process that has ended, or failed, waits for the others' end
+_SEEN = 60  # seconds until a network file system shows a new file on every host
 _TEXT = 8192  # bytes of a problem that the others hear of
 
 
@@ -88,6 +89,7 @@ def start(
         place.devices,
         cluster_detection_method="deactivate",
         initialization_timeout=_START,
+        shutdown_timeout_seconds=_END,
     )
     check_devices([device.process_index for device in jax.devices()], hosts)
 

@@ -4,11 +4,12 @@ It comes before JAX's own start, which on a time-out ends a process from within 
 trace that names nobody. Process 0 listens where its coordination service will listen afterwards, so
 one open port is enough. Every other process connects and sends one line of JSON, its card
 
-    {"process": 1, "of": 4, "host": "worker-1", "same": {"train.steps": 1000, ...}}
+    {"process": 1, "of": 4, "host": "worker-1", "left": 290.5, "same": {"train.steps": 1000, ...}}
 
-and then reads lines until the last: {"hosts": {"0": "worker-0", ...}} whenever somebody has come or
-gone, and at the end {"go": true, "hosts": ...} or {"problem": "...", "kind": ...}. It needs no
-secret: what listens on that port afterwards, JAX's service, knows none either.
+where `left` are the seconds that it still waits; and then reads lines until the last one:
+{"hosts": {"0": "worker-0", ...}} whenever somebody has come or gone, and at the end {"go": true,
+"hosts": ...} or {"problem": "...", "config": false}. All give up together, when the first would. It
+needs no secret: what listens on that port afterwards, JAX's service, knows none either.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from t2i_jax.errors import ConfigError, UserError
 
 _LONGEST = 4_000_000  # bytes of a line
 _PATIENCE = 5.0  # seconds that one caller may take for its card, or to read an answer
+_GRACE = 10.0  # seconds that process 0 has to tell those who wait for it that time is up
 _RETRY = 0.5  # seconds between calls of a process 0 that does not listen yet
 _SHOWN = 10  # differences that a message names
 
@@ -116,6 +118,7 @@ class _Leader:
             if not isinstance(card["same"], dict):
                 raise ValueError("not a card")
             if not wrong:
+                self._deadline = min(self._deadline, time.monotonic() + float(card["left"]))
                 self._calls[number], self._cards[number] = call, card
                 return
             self._refused.append(wrong)
@@ -160,10 +163,10 @@ def _follow(address: str, card: dict[str, Any], timeout: float, deadline: float)
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection(split(address), min(left, _PATIENCE)) as call:
-                _send(call, card)
+                _send(call, {**card, "left": left})
                 with call.makefile("rb") as lines:
                     while True:
-                        call.settimeout(max(0.1, deadline - time.monotonic()))
+                        call.settimeout(max(0, deadline - time.monotonic()) + _GRACE)
                         said = json.loads(lines.readline(_LONGEST) or "{}")
                         if "problem" in said:
                             raise (ConfigError if said["config"] else StartError)(said["problem"])

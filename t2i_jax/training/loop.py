@@ -193,7 +193,8 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         steps=c.steps,
         learning_rate=c.learning_rate,
     )
-    with Progress(c.steps, images=c.batch_size, name="language model", unit="captions") as bar:
+    kind = {"name": "language model", "unit": "captions", "shown": jax.process_index() == 0}
+    with Progress(c.steps, images=c.batch_size, **kind) as bar:
         for i, (trained, loss) in enumerate(steps, 1):
             params = trained
             if i % 10 == 0 or i == c.steps:

@@ -32,7 +32,8 @@ class Watch:
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
         self._writer = MetricWriter(parts.workdir, start) if self._main else None
-        self._bar = Progress(config.train.steps, start, config.train.batch_size)
+        images = config.train.batch_size
+        self._bar = Progress(config.train.steps, start, images, shown=self._main)
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
         hosts = jax.process_index(), jax.process_count()
