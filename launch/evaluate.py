@@ -28,6 +28,7 @@ cli.define_process_flags()
 def main(_):
     import jax
 
+    from t2i_jax import distributed
     from t2i_jax.evaluation import benchmarks
     from t2i_jax.pipeline import Pipeline
 
@@ -38,10 +39,11 @@ def main(_):
     name = BENCHMARK.value or pipeline.config.data.source
     report = benchmarks.run(name, pipeline, NUM_IMAGES.value, SEED.value)
     report = {"checkpoint": CHECKPOINT.value, "weights": WEIGHTS.value, **report}
-    if jax.process_index() == 0:
-        print(benchmarks.table(report))
-        benchmarks.write(out, report)
-        print(f"The report is in {OUT.value}")
+    with distributed.together():
+        if jax.process_index() == 0:
+            print(benchmarks.table(report))
+            benchmarks.write(out, report)
+            print(f"The report is in {OUT.value}")
     if REQUIRE.value is not None:
         if report["score"] < REQUIRE.value:
             sys.exit(f"score {report['score']:.3f} is below the required {REQUIRE.value}")

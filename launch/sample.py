@@ -29,6 +29,7 @@ def main(_):
     from etils import epath
     import jax
 
+    from t2i_jax import distributed
     from t2i_jax.errors import MissingError
     from t2i_jax.evaluation import pictures
     from t2i_jax.pipeline import Pipeline
@@ -57,10 +58,11 @@ def main(_):
             seed=SEED.value,
             progress=bar.update,
         )
-    if jax.process_index() == 0:
-        with out.open("wb") as file:
-            pictures.grid(images, prompts, columns=columns).save(file, "PNG")
-        print(f"{len(images)} images in {OUT.value}")
+    with distributed.together():
+        if jax.process_index() == 0:
+            with out.open("wb") as file:
+                pictures.grid(images, prompts, columns=columns).save(file, "PNG")
+            print(f"{len(images)} images in {OUT.value}")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,8 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
         if _due(number, config.checkpoint.every, last):
             watch.settle()  # nothing that is not finite is ever saved
             saved.save(number, current, config)
-    watch.close()
+    with distributed.together():  # the others wait for what the first one writes
+        watch.close()
     return current
 
 
