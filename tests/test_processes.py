@@ -1,8 +1,9 @@
 """Two and four real processes are one: the same data, losses, pictures and checkpoints.
 
-All runs have four devices in sum. Sums over the batch are taken in another order where devices are
-in other processes, so that float32 numbers differ by rounding: of the order of 1e-7 after one step,
-and no more than CLOSE in the few steps here. What is not summed is the same bit by bit.
+All runs have four devices in sum (two with 'tensor'). Sums over the batch have another order where
+devices are in other processes, and float32 numbers differ by rounding: 1e-7 of their size after the
+steps here, and 6e-6 where products are split over 'tensor', too. What is not summed is the same bit
+by bit.
 """
 
 import functools
@@ -21,7 +22,7 @@ from t2i_jax.training.metrics import read_metrics
 from tests import member
 from tests.groups import LIMIT, RUN, Group, training
 
-CLOSE = 2e-5  # relative
+CLOSE = 2e-6  # relative; where only the batch is split
 LAYOUTS = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}  # processes, devices each
 
 
@@ -35,22 +36,22 @@ def runs(tmp_path_factory):
     return {name: parent / name for name in [*LAYOUTS, "tensor"]}
 
 
-def metrics(workdir, after=0):
+def metrics(workdir):
     """(what each line tells of, its numbers)"""
-    lines = [line for line in read_metrics(workdir) if line["step"] > after]
+    lines = read_metrics(workdir)
     return [[*line] for line in lines], [[*line.values()] for line in lines]
 
 
-def agree(one, other, after=0):
-    (names, values), (their_names, theirs) = metrics(one, after), metrics(other, after)
-    assert names == their_names and len(names) == (RUN["train.steps"] - after) * 3 // 2
+def agree(one, other, close=CLOSE):
+    (names, values), (their_names, theirs) = metrics(one), metrics(other)
+    assert names == their_names and len(names) == RUN["train.steps"] * 3 // 2
     for line, their_line in zip(values, theirs, strict=True):
-        np.testing.assert_allclose(line, their_line, rtol=CLOSE)
+        np.testing.assert_allclose(line, their_line, rtol=close)
 
 
-@pytest.mark.parametrize("name", ["two", "four", "tensor"])
-def test_losses_norms_and_validation_are_those_of_one_process(runs, name):
-    agree(runs["one"], runs[name])
+@pytest.mark.parametrize("name, close", [("two", CLOSE), ("four", CLOSE), ("tensor", 5e-5)])
+def test_losses_norms_and_validation_are_those_of_one_process(runs, name, close):
+    agree(runs["one"], runs[name], close)
 
 
 @pytest.mark.parametrize("name", ["two", "four", "tensor"])
@@ -174,7 +175,6 @@ def test_a_run_of_two_processes_is_resumed_by_others(runs, tmp_path, name):
     assert "resumed at step 2 of 4" in said[0]
     assert not any("resumed" in said[i] for i in said if i)  # one speaks
     agree(runs["two"], workdir)
-    assert metrics(workdir)[0] == metrics(runs["two"])[0]
     assert (workdir / "checkpoints" / "4").exists()
     assert (workdir / "samples" / "step_0000004.png").exists()
 
