@@ -4,12 +4,14 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from configs import base
 from t2i_jax import build, sharding
+from t2i_jax.errors import ConfigError
 from t2i_jax.training import optimizer, state
 from tests import tiny
 
@@ -244,3 +246,49 @@ def test_batches_go_to_the_devices_in_order():
     np.testing.assert_array_equal(array, rows)
     parts = {tuple(shard.data[:, 0].tolist()) for shard in array.addressable_shards}
     assert parts == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)}
+
+
+class Chip:
+    """A device of another process, for a mesh on which nothing is computed."""
+
+    platform = device_kind = "none"
+    client = None
+
+    def __init__(self, number, process):
+        self.id, self.process_index = number, process
+
+
+def hosts_mesh(process_of_device):
+    """A mesh of chips, each of them with the process that it belongs to."""
+    chips = [Chip(i, p) for i, p in enumerate(np.ravel(process_of_device))]
+    shape = np.array(chips).reshape(np.shape(process_of_device))
+    return jax.sharding.Mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+# The chips of a v5e slice of 4 x 4, row by row: each of four hosts has a square of them.
+SQUARES = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    "processes, held",
+    [
+        (SQUARES.reshape(1, 16, 1), ["0145", "2367", "89cd", "abef"]),
+        (SQUARES.reshape(4, 4, 1), ["0145", "2367", "89cd", "abef"]),
+        (SQUARES.reshape(1, 4, 4), ["01234567"] * 2 + ["89abcdef"] * 2),
+        (SQUARES.T.reshape(1, 8, 2), ["0145", "89cd", "2367", "abef"]),
+        (np.array([1, 0]).reshape(1, 2, 1), ["89abcdef", "01234567"]),
+    ],
+)
+def test_a_host_holds_the_rows_of_its_chips(monkeypatch, processes, held):
+    mesh = hosts_mesh(processes)
+    rows = [tuple(int(row, 16) for row in host) for host in held]
+    assert sharding.rows_held(mesh, 16) == dict(enumerate(rows))
+    for process, mine in enumerate(rows):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.local_rows(mesh, 16) == mine
+        assert sharding.tells_rows(mesh) == (rows.index(mine) == process)
+
+
+def test_hosts_whose_rows_overlap_are_refused():
+    with pytest.raises(ConfigError, match=r"mesh.tensor = 2: the parts .* overlap"):
+        sharding.rows_held(hosts_mesh(np.array([0, 0, 1, 1, 1, 0]).reshape(1, 3, 2)), 6)
