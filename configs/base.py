@@ -191,8 +191,10 @@ def get_config() -> ConfigDict:
         "two blue cups to the left of a yellow vase",
     )
 
-    config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: the rest
-    config.mesh.data = 1  # replicas of the parameters
+    # devices = data x fsdp x tensor. One of them may be -1: the rest; data and fsdp both: as many
+    # shards as a slice has devices, up to 64, and replicas of these.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # replicas of the parameters; a multiple of the slices
     config.mesh.fsdp = -1  # shards of parameters, optimiser state and batch
     config.mesh.tensor = 1  # shards of heads and MLP
     return config.lock()

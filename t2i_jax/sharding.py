@@ -16,12 +16,14 @@ the loop over layers, and its gradient leaves as shards: along 'fsdp' weights tr
 not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
@@ -29,6 +31,7 @@ import numpy as np
 from t2i_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+_SHARDS = 64  # of parameters at most, where the config leaves it open
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # activations
@@ -63,29 +66,72 @@ def with_axes(
     return lambda *args: Named(init(*args), names)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (default: all of them).
 
-    One of the sizes may be -1: what the others leave. Raises ValueError where the product is not
-    the number of devices.
+    One of the sizes may be -1: what the others leave. Where data and fsdp both are, fsdp is the
+    largest number up to 64 that is a whole part of the torus: more shards save no memory worth
+    having, and their messages are small. `data` spans slices, the others stay inside one. Raises
+    ConfigError where the sizes are not those of the devices, with sizes that are.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     given = f"mesh (data, fsdp, tensor) = ({data}, {fsdp}, {tensor})"
-    free = [name for name, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"{given}: sizes are positive, and at most one is -1 (the rest).")
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ConfigError(
-            f"{given} does not fit {len(devices)} devices; mesh.data=1, mesh.fsdp=-1, "
-            "mesh.tensor=1 always does."
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"{given}: sizes are positive, or -1 (the rest).")
+    mesh = next(_meshes(sizes, devices), None)
+    if mesh is not None:
+        return mesh
+    free = {"data": -1, "fsdp": -1}
+    other = next(_meshes({**free, "tensor": tensor}, devices), None) or make_mesh(devices=devices)
+    slices = _slices(devices)
+    raise ConfigError(
+        f"{given} does not fit {len(devices)} devices"
+        + (f" in {slices} slices" if slices > 1 else "")
+        + f"; ({', '.join(map(str, other.shape.values()))}) does: mesh.data=-1, mesh.fsdp=-1, "
+        f"mesh.tensor={other.shape['tensor']}."
     )
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _meshes(sizes: Mapping[str, int], devices: Sequence[Any]) -> Iterator[Mesh]:
+    """Meshes of these sizes, -1 replaced, that the devices can form; the best first."""
+    slices = _slices(devices)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    rest, remainder = divmod(len(devices), fixed)
+    if remainder or not rest or (rest > 1 and not free):
+        return
+    if len(free) < 2:
+        fillings = [dict.fromkeys(free, rest)]
+    elif free == ["data", "fsdp"]:
+        per_slice = rest // slices
+        parts = [n for n in range(min(per_slice, _SHARDS), 0, -1) if per_slice % n == 0]
+        fillings = [{"data": rest // n, "fsdp": n} for n in parts]
+    else:
+        return
+    for filling in fillings:
+        shape = tuple((sizes | filling).values())
+        if shape[0] % slices:
+            continue
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        try:
+            if slices == 1:
+                grid = mesh_utils.create_device_mesh(shape, devices)
+            else:
+                grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        except NotImplementedError:  # not whole axes of the torus
+            if len(fillings) > 1:
+                continue
+            split = {"allow_split_physical_axes": True}
+            if slices == 1:
+                grid = mesh_utils.create_device_mesh(shape, devices, **split)
+            else:
+                grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+        yield Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def to_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -47,6 +47,8 @@ def test_unknown_names_and_collisions_are_refused():
     "sizes, shape",
     [
         ((1, -1, 1), (1, 8, 1)),
+        ((-1, -1, 1), (1, 8, 1)),
+        ((-1, -1, 4), (1, 2, 4)),
         ((-1, 2, 2), (2, 2, 2)),
         ((2, 2, -1), (2, 2, 2)),
         ((8, 1, 1), (8, 1, 1)),
@@ -62,9 +64,12 @@ def test_meshes(sizes, shape):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ((3, -1, 1), r"\(3, -1, 1\) does not fit 8 devices; .*mesh\.fsdp=-1"),
-        ((2, 2, 1), r"\(2, 2, 1\) does not fit 8 devices"),
-        ((-1, -1, 1), "at most one is -1"),
+        ((3, -1, 1), r"\(3, -1, 1\) does not fit 8 devices; \(1, 8, 1\) does: .*fsdp=-1"),
+        ((2, 2, 1), r"\(2, 2, 1\) does not fit 8 devices; \(1, 8, 1\) does"),
+        ((2, 2, 4), r"\(2, 2, 4\) does not fit 8 devices; \(1, 2, 4\) does: .*tensor=4"),
+        ((16, -1, 1), r"\(16, -1, 1\) does not fit 8 devices"),
+        ((1, -1, 3), r"\(1, -1, 3\) does not fit 8 devices; \(1, 8, 1\) does: .*tensor=1"),
+        ((1, -1, -1), r"\(1, -1, -1\) does not fit 8 devices"),
         ((0, 8, 1), "sizes are positive"),
         ((1, -2, 1), "sizes are positive"),
     ],
