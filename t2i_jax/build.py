@@ -36,7 +36,9 @@ def clip(config: ConfigDict) -> CLIPText | None:
 
 def make_autoencoder(config: ConfigDict, net: Any = None) -> autoencoder.Autoencoder:
     """The autoencoder; `net` is the network of loaded weights, if there are any."""
-    return autoencoder.make(**config.autoencoder, net=net)
+    dtype = jnp.dtype(config.train.dtype)
+    net = net.clone(dtype=dtype) if net is not None else None
+    return autoencoder.make(**config.autoencoder, net=net, dtype=dtype)
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:

@@ -201,8 +201,6 @@ def place(
             if part != "autoencoder":  # whose architecture is in its files, not in the config
                 places = _places(part, boxed[part], found, mesh)
             params[part] = materialise(found, places, dtype)
-    if network is not None:
-        network = network.clone(dtype=jnp.dtype(config.train.dtype))
     return build.make_autoencoder(config, network), params
 
 

@@ -334,8 +334,8 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
     if not all(0 < t <= 1 for t in times):
         yield f"validation.timesteps = {times} must be above 0 (data) and at most 1 (noise)"
     free = [f"mesh.{axis}" for axis in mesh if mesh[axis] == -1]
-    if len(free) > 1:
-        yield f"{' = '.join(free)} = -1: only one axis can take the rest of the devices"
+    if len(free) > 1 and free != ["mesh.data", "mesh.fsdp"]:
+        yield f"{' = '.join(free)} = -1: one axis takes the rest, or mesh.data and mesh.fsdp both"
     shards, rows = mesh.data * mesh.fsdp, train.batch_size // max(train.accumulation, 1)
     if "mesh.data" not in free and "mesh.fsdp" not in free and shards > 0 and rows % shards:
         yield (

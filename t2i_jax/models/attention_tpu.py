@@ -20,10 +20,11 @@ _LANES = 128  # lengths and head widths are padded to multiples of it
 _LEAST = 128 * 256  # scores of a head below which padding would cost more than the kernel gives
 
 # Queries and keys of a block at most, by what a core has of VMEM: 16 MB in v4, at least 64 since.
-_BLOCKS = {"TPU v4": (512, 512), "TPU v3": (256, 256)}
+_BLOCKS = {"TPU v4": (512, 640)}
 _BLOCK = (1024, 1280)
+_COMPUTED = 640  # keys of which scores are computed at once
 # Of the backward pass, which holds four arrays of scores.
-_BACKWARD_BLOCKS = {"TPU v4": (256, 512), "TPU v3": (128, 256)}
+_BACKWARD_BLOCKS = {"TPU v4": (256, 640)}
 _BACKWARD_BLOCK = (512, 1280)
 
 
@@ -101,10 +102,10 @@ def block_sizes(queries: int, keys: int, kind: str) -> Any:
     return _splash().BlockSizes(
         block_q=q,
         block_kv=kv,
-        block_kv_compute=_divisor(kv, 512),
+        block_kv_compute=_divisor(kv, _COMPUTED),
         block_q_dkv=q_back,
         block_kv_dkv=kv_back,
-        block_kv_dkv_compute=_divisor(kv_back, 512),
+        block_kv_dkv_compute=_divisor(kv_back, _COMPUTED),
         use_fused_bwd_kernel=True,
     )
 
