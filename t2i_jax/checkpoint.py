@@ -32,7 +32,8 @@ import orbax.checkpoint as ocp
 
 from t2i_jax import config as config_lib
 from t2i_jax import digest
-from t2i_jax.errors import ConfigError, MissingError, UserError
+from t2i_jax.damage import DamagedError, StorageError, damage, forget, reason_of
+from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.stored_arrays import StoredArray, tree_sources
 from t2i_jax.training.state import TrainState
 
@@ -44,19 +45,7 @@ _ITEMS = ("params", "ema", "optimizer", "meta")
 
 
 _ASIDE = "damaged_checkpoints"
-_LOG = logging.getLogger("absl")  # where orbax writes
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# What TensorStore says where a checkpoint may well be good, but cannot be had.
-_ELSEWHERE = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
-_ELSEWHERE += ("UNAUTHENTICATED", "UNAVAILABLE")
-
-
-class DamagedError(UserError):
-    """A checkpoint does not hold what was saved."""
-
-
-class StorageError(UserError):
-    """What a run has to write cannot be written."""
 
 
 class Checkpoints:
@@ -90,7 +79,6 @@ class Checkpoints:
             self.directory, options=options, handler_registry=registry
         )
         self._saving: int | None = None
-        _LOG.addFilter(_told_elsewhere)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -134,17 +122,22 @@ class Checkpoints:
         """Any failure of saving as one StorageError; what there is of it goes."""
         try:
             yield
+            return
         except Exception as error:
-            step, self._saving = self._saving, None
-            if jax.process_index() == 0:
+            reason = reason_of(error)
+            forget(error)
+        step, self._saving = self._saving, None
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # other parts of it may still be written
                 for path in self._unfinished():
                     path.rmtree(missing_ok=True)
-            good = [s for s in self.steps() if s != step]
-            raise StorageError(
-                f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}. "
-                + (f"Checkpoint {good[-1]} is intact. " if good else "There is none before it. ")
-                + "Make room for it, or repair the disk, and start again."
-            ) from error
+        self._manager.reload()  # it has forgotten those that it would have deleted
+        good = self.steps()
+        raise StorageError(
+            f"Checkpoint {step} could not be written to {self.directory}: {reason}. "
+            + (f"Checkpoint {good[-1]} is intact. " if good else "There is none before it. ")
+            + "Make room for it, or repair the disk, and start again."
+        )
 
     def _unfinished(self) -> list[epath.Path]:
         if not self.directory.exists():
@@ -238,7 +231,7 @@ class Checkpoints:
 
     def _meta(self, step: int) -> dict[str, Any]:
         where = self.directory / str(step)
-        with _damage("meta"):
+        with damage("meta"):
             meta = self._json.restore(where / "meta", args=ocp.args.JsonRestore())
             version = meta["format_version"]
         if version not in _FORMATS:
@@ -252,7 +245,7 @@ class Checkpoints:
 
     def _read(self, step: int, name: str, like: Any) -> Any:
         """One item. Not through the manager: that waits for processes which may have failed."""
-        with _damage(name):
+        with damage(name):
             return self._arrays[name].restore(
                 self.directory / str(step) / name, args=ocp.args.StandardRestore(like)
             )
@@ -263,7 +256,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
-            _LOG.removeFilter(_told_elsewhere)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -300,28 +292,6 @@ def _agreed(steps: list[int]) -> Iterator[int]:
     yield from multihost_utils.broadcast_one_to_all(mine).tolist()
 
 
-def _reason(error: BaseException) -> str:
-    """The first cause of an error, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.partition(" [tensorstore_spec")[0].partition(" [source locations")[0][:400]
-
-
-@contextlib.contextmanager
-def _damage(name: str) -> Iterator[None]:
-    """What reading raises is damage of `name`, but for memory, rights and the network."""
-    try:
-        yield
-    except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        reason = _reason(error)
-        if reason.startswith(_ELSEWHERE):
-            raise
-        raise DamagedError(f"{name}: {reason}") from error
-
-
 @contextlib.contextmanager
 def _told_as(where: epath.Path) -> Iterator[None]:
     try:
@@ -335,6 +305,9 @@ def _told_as(where: epath.Path) -> Iterator[None]:
 def _told_elsewhere(record: logging.LogRecord) -> bool:
     """False of what orbax logs of the errors that it raises: they are told once, by a message."""
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+logging.getLogger("absl").addFilter(_told_elsewhere)
 
 
 def _warn(text: str) -> None:
@@ -374,7 +347,7 @@ def save_tree(path: epath.PathLike, tree: Any) -> None:
         try:
             checkpointer.save(epath.Path(path).absolute(), args=_in_layers(tree))
         except Exception as error:
-            raise StorageError(f"{path} could not be written: {_reason(error)}.") from error
+            raise StorageError(f"{path} could not be written: {reason_of(error)}.") from error
 
 
 def _in_layers(tree: Any) -> ocp.args.StandardSave:

@@ -8,7 +8,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from t2i_jax.checkpoint import StorageError
+from t2i_jax.damage import StorageError
 from t2i_jax.training.history import History
 from t2i_jax.training.preemption import PreemptedError, Preemption
 from t2i_jax.training.watchdog import Watchdog

@@ -65,8 +65,8 @@ def goodput(workdir: epath.PathLike, now: float | None = None) -> float:
     """The share of the time since the first start that went into steps which were kept.
 
     Steps that a later start made again were not kept. Of a run that goes on (its last start has no
-    "end") all steps count until `now`, which by default is the last event. Set-up, compiling the
-    first step and pauses are no steps.
+    "end") the time until `now`, which by default is that of the last event, is that of steps, but
+    for the pauses up to its last checkpoint. Setting up and compiling the first step are no steps.
     """
     events = jsonlines.read(epath.Path(workdir) / FILE)
     now = events[-1]["time"] if now is None else now

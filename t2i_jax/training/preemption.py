@@ -31,7 +31,7 @@ class Preemption:
     def __init__(self):
         self.asked = False
         self._running = False
-        self._before = None
+        self._installed, self._before = False, None
 
     def wait_for_step(self) -> None:
         """From now on it is for the loop to look at `asked`."""
@@ -40,11 +40,12 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():  # no other may
             self._before = signal.signal(signal.SIGTERM, self._note)
+            self._installed = True
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._installed:  # before it there may have been JAX's, which Python knows nothing of
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _note(self, *_) -> None:
         first, self.asked = not self.asked, True
