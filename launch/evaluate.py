@@ -22,20 +22,26 @@ REQUIRE = flags.DEFINE_float(
     "require", None, "Exit with status 1 if the score is below this, or not above its controls."
 )
 flags.mark_flag_as_required("checkpoint")
+cli.define_process_flags()
 
 
 def main(_):
+    import jax
+
     from t2i_jax.evaluation import benchmarks
     from t2i_jax.pipeline import Pipeline
 
     out = cli.output(OUT.value, ".json")
+    how = [BENCHMARK, CHECKPOINT, NUM_IMAGES, SEED, WEIGHTS]
+    cli.start_processes({flag.name: flag.value for flag in how})
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     name = BENCHMARK.value or pipeline.config.data.source
     report = benchmarks.run(name, pipeline, NUM_IMAGES.value, SEED.value)
     report = {"checkpoint": CHECKPOINT.value, "weights": WEIGHTS.value, **report}
-    print(benchmarks.table(report))
-    benchmarks.write(out, report)
-    print(f"The report is in {OUT.value}")
+    if jax.process_index() == 0:
+        print(benchmarks.table(report))
+        benchmarks.write(out, report)
+        print(f"The report is in {OUT.value}")
     if REQUIRE.value is not None:
         if report["score"] < REQUIRE.value:
             sys.exit(f"score {report['score']:.3f} is below the required {REQUIRE.value}")

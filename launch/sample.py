@@ -22,10 +22,12 @@ GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the co
 SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
 flags.mark_flag_as_required("checkpoint")
+cli.define_process_flags()
 
 
 def main(_):
     from etils import epath
+    import jax
 
     from t2i_jax.errors import MissingError
     from t2i_jax.evaluation import pictures
@@ -41,11 +43,13 @@ def main(_):
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise MissingError(f"--prompts_file={PROMPTS_FILE.value} holds no prompt.")
+    how = [CHECKPOINT, NUM_IMAGES, STEPS, GUIDANCE, SEED, WEIGHTS]
+    cli.start_processes({"prompts": prompts} | {flag.name: flag.value for flag in how})
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
     prompts = prompts or list(pipeline.config.sampling.prompts)
     columns = min(8, len(prompts))  # a prompt a column, where they fit
     prompts *= NUM_IMAGES.value
-    with Progress(len(prompts), name="drawing") as bar:
+    with Progress(len(prompts), name="drawing", shown=jax.process_index() == 0) as bar:
         images = pipeline.draw(
             prompts,
             steps=STEPS.value,
@@ -53,9 +57,10 @@ def main(_):
             seed=SEED.value,
             progress=bar.update,
         )
-    with out.open("wb") as file:
-        pictures.grid(images, prompts, columns=columns).save(file, "PNG")
-    print(f"{len(images)} images in {OUT.value}")
+    if jax.process_index() == 0:
+        with out.open("wb") as file:
+            pictures.grid(images, prompts, columns=columns).save(file, "PNG")
+        print(f"{len(images)} images in {OUT.value}")
 
 
 if __name__ == "__main__":

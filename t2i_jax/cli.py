@@ -131,6 +131,31 @@ def check_command(command: str, words: Sequence[str], known: Mapping[str, Sequen
         )
 
 
+def define_process_flags() -> None:
+    """Defines what `start_processes` reads: for scripts that several processes can run as one."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of several (docs/tpu.md).")
+    flags.DEFINE_integer("num_processes", None, "Processes of the run; 1: this one, alone.", 1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0)
+    flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.", 1.0)
+
+
+def start_processes(same: Mapping[str, Any]) -> None:
+    """Before anything touches a device: meets the other processes, if there are (distributed.py).
+
+    `same` is what must be equal on all of them, besides the versions. Raises UserError.
+    """
+    from t2i_jax import distributed
+
+    values = flags.FLAGS
+    distributed.start(
+        same,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        timeout=values.start_timeout,
+    )
+
+
 def require(**values: Any) -> None:
     """Raises ConfigError naming the flags that are not given."""
     absent = [f"--{name}=..." for name, value in values.items() if not value]

@@ -130,11 +130,11 @@ class Pipeline(NamedTuple):
                 build.latent_shape(c),
                 guidance == 1,
                 {"params": self.params, "frozen": self.frozen},
-                jax.device_put(
+                sharding.put(
                     {name: x[:-1] for name, x in text.items()}, sharding.batch_sharding(self.mesh)
                 ),
-                jax.device_put({name: x[-1:] for name, x in text.items()}, replicated),
-                jax.device_put(np.arange(first, first + len(prompts)), replicated),
+                sharding.put({name: x[-1:] for name, x in text.items()}, replicated),
+                sharding.put(np.arange(first, first + len(prompts)), replicated),
                 jax.random.key(seed),
                 sigmas,
                 np.float32(guidance),

@@ -27,17 +27,19 @@ class Progress:
         name: str = "training",
         unit: str = "images",
         interval: float = 10.0,
+        shown: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`images`, or what `unit` says, are those of one step."""
+        """`images`, or what `unit` says, are those of one step. Unless `shown`, it is silent."""
         self._total, self._images, self._name, self._unit = total, images, name, unit
         self._clock = clock
         self._stream = sys.stderr if stream is None else stream
+        self._silent = not shown
         self._first = self._last = None  # (step, time)
         self._bar = None
         self._interval = interval
-        if self._stream.isatty():
+        if shown and self._stream.isatty():
             self._interval = 0.5
             self._bar = tqdm.tqdm(
                 total=total,
@@ -79,6 +81,8 @@ class Progress:
         return [f"{rate:.{0 if rate >= 100 else 1}f} {self._unit}/s", f"{_duration(left)} left"]
 
     def _show(self, step: int, parts: list[str]) -> None:
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)

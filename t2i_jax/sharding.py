@@ -160,10 +160,55 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_held(mesh: Mesh, size: int) -> dict[int, tuple[int, ...]]:
+    """Process -> the rows of a global batch of `size` that its devices hold, ascending.
+
+    They follow from the mesh alone. On a TPU pod a host's chips are a square of the torus, so that
+    its rows are several runs ((0, 1, 8, 9), say); where 'tensor' spans hosts, several hold the same
+    ones. Raises ConfigError where the rows of two processes overlap without being the same.
+    """
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((size,)).items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(size)))
+    groups = {frozenset(rows) for rows in held.values()}
+    if sum(len(rows) for rows in groups) != size:
+        sizes = ", ".join(f"mesh.{name} = {count}" for name, count in mesh.shape.items())
+        raise ConfigError(
+            f"{sizes}: the parts of the batch that different hosts hold overlap. Make mesh.tensor "
+            "divide the devices of one host, or be a multiple of them."
+        )
+    return {process: tuple(sorted(rows)) for process, rows in held.items()}
+
+
+def local_rows(mesh: Mesh, size: int) -> tuple[int, ...]:
+    """The rows of a global batch of `size` that this process loads, ascending."""
+    return rows_held(mesh, size)[jax.process_index()]
+
+
+def tells_rows(mesh: Mesh) -> bool:
+    """Whether this process is the first that holds its rows: what is told once, it tells."""
+    held = rows_held(mesh, batch_shards(mesh))
+    me = jax.process_index()
+    return me == min(process for process, rows in held.items() if rows == held[me])
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch (NumPy, rows first) -> global arrays."""
+    """This process's rows of a batch (`local_rows`; NumPy, rows first) -> global arrays."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has whole (NumPy) -> global arrays, under one sharding.
+
+    `jax.device_put` would compare them between the processes first, every time.
+    """
+
+    def one(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

@@ -1,8 +1,9 @@
 """Batches whose content depends on (seed, step) alone.
 
-Host h of H takes the h-th part of the rows of every global batch; which samples these are is
-`order`'s to say. The step is the whole state of the input pipeline: any batch is reached directly,
-and neither the number of hosts nor that of threads or worker processes changes a pixel.
+A host makes those rows of every global batch that its devices hold (sharding.local_rows); which
+samples these are is `order`'s to say. The step is the whole state of the input pipeline: any batch
+is reached directly, and neither the number of hosts nor that of threads or worker processes changes
+a pixel.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,9 +46,9 @@ class Loader:
     """Shuffled training batches of one host, endlessly, from any step.
 
     Arrays are {'image': uint8 (b, H, W, 3), 'ids': int32 (b, T), 'mask': bool (b, T), 'bad': int32
-    (b, causes), ...}, where b = batch_size / process_count, 'bad' counts the samples that each row
-    took before a good one, and all but the first (and it) is what `prompts` makes of the captions.
-    `data` is the config's data section.
+    (b, causes), ...}, where b are the `rows` of this host (default: all), 'bad' counts the samples
+    that each row took before a good one, and all but the first (and it) is what `prompts` makes of
+    the captions. `data` is the config's data section.
 
     Attributes:
       digest: of what decides the order; the same on every host.
@@ -61,26 +62,20 @@ class Loader:
         data: ConfigDict,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
-                f"train.batch_size={batch_size} does not divide over {process_count} hosts; "
-                "make it a multiple."
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"host {process_index} of {process_count}")
+        rows = range(batch_size) if rows is None else rows
+        if not rows or not set(rows) <= set(range(batch_size)):
+            raise ValueError(f"rows {list(rows)} of a batch of train.batch_size={batch_size}")
         self._threads, self._workers = data.num_threads, data.num_workers
         self._ahead = data.prefetch
-        self._rows = batch_size // process_count
+        self._rows = len(rows)
         parts = getattr(source, "parts", [order.Part(0, len(source), 1.0)])
         self._shapes, bucket_N, self.left_out = _buckets(source, data, batch_size)
         seen = source.fingerprint.encode() + (b"" if bucket_N is None else bucket_N.tobytes())
         self.digest = hashlib.blake2b(seen, digest_size=16).digest()
         self._order = order.Order(parts, batch_size, seed, bucket_N, len(self._shapes))
         samples = Samples(source, data, self._order, batch_size, seed)
-        rows = range(process_index * self._rows, (process_index + 1) * self._rows)
         shape = functools.partial(_shape, self._order, self._shapes)
         self._maker = _Maker(samples, prompts, shape, rows)
         self._square = (data.image_size, data.image_size)
@@ -169,7 +164,7 @@ def _shape(order_: order.Order, shapes, step: int) -> tuple[int, int]:
 class _Maker:
     """Makes parts of batches; what worker processes are sent."""
 
-    def __init__(self, samples: Samples, prompts: Prompts, shape, rows: range):
+    def __init__(self, samples: Samples, prompts: Prompts, shape, rows: Sequence[int]):
         self.samples, self._prompts, self._shape, self.rows = samples, prompts, shape, rows
 
     def part(self, step: int, first: int, last: int) -> Arrays:

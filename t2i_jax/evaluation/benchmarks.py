@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from etils import epath
+import jax
 import numpy as np
 
 from t2i_jax.errors import ConfigError
@@ -66,7 +67,7 @@ def table(report: Report) -> str:
 
 
 def _draw(pipeline: Pipeline, prompts: list[str], seed: int, name: str) -> np.ndarray:
-    with Progress(len(prompts), name=name) as bar:
+    with Progress(len(prompts), name=name, shown=jax.process_index() == 0) as bar:
         return pipeline.draw(prompts, seed=seed, progress=bar.update)
 
 

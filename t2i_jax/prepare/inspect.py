@@ -145,13 +145,10 @@ def _draw_batch(config, source, prompts, out: epath.Path, step: int, rows: int) 
     """Writes the sheet; what the report says of it."""
     size, data = config.train.batch_size, config.data
     rows = min(rows, size)
-    # Rows of a batch are the same for any number of hosts: the first of as many hosts as there can
-    # be makes those that are shown, and few others.
-    hosts = next(h for h in range(size // rows, 0, -1) if size % h == 0)
     heard = _Heard(prompts)
     try:
         with users_files():
-            loader = Loader(source, heard, data, size, config.seed, 0, hosts)
+            loader = Loader(source, heard, data, size, config.seed, range(rows))
         batch, shape = loader.batch(step), loader.shape(step)
     except UserError as error:  # no sample is good: the statistics say what is wrong
         return [f"no sheet: {error}"]

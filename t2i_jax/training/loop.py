@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from t2i_jax import build, checkpoint, convert, frozen, plan, sharding
+from t2i_jax import build, checkpoint, convert, distributed, frozen, plan, sharding
+from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.data.bad import Cause
 from t2i_jax.data.samples import Fault
@@ -45,11 +46,14 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     mesh = sharding.make_mesh(**config.mesh)
     _say(plan.describe(config, workdir, mesh))
     start, saved = config.weights.start, workdir / "checkpoints"
-    resumed = saved.exists() and any(saved.iterdir())  # and needs no start any more
-    if start and not resumed and not epath.Path(start).exists():
-        raise SetupError(f"weights.start = {start!r}: no such directory.")
-    train_source, validation_source = open_data(config)
-    workdirs.claim(config, workdir, train_source)
+    with distributed.together():
+        resumed = saved.exists() and any(saved.iterdir())  # and needs no start any more
+        if start and not resumed and not epath.Path(start).exists():
+            raise SetupError(f"weights.start = {start!r}: no such directory.")
+        train_source, validation_source = open_data(config)
+        workdirs.claim(config, workdir, train_source)
+    with distributed.together():
+        distributed.check_shared(workdir / "config.json", configs.to_json(config))
     keep = config.checkpoint.keep, config.checkpoint.keep_every
     with (
         Guard(config, workdir) as guard,
@@ -116,15 +120,16 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         source, tokenizer, config.data.max_text_tokens, c.batch_size, config.seed, c.steps
     )
     # Every process makes the whole batch of captions: they are few, and cheap.
-    put = sharding.replicated(mesh)
+    everywhere = sharding.replicated(mesh)
     steps = pretrain.pretrain(
         build.model(config),
         params,
-        (jax.device_put(batch, put) for batch in batches),
+        (sharding.put(batch, everywhere) for batch in batches),
         steps=c.steps,
         learning_rate=c.learning_rate,
     )
-    with Progress(c.steps, images=c.batch_size, name="language model", unit="captions") as bar:
+    kind = {"name": "language model", "unit": "captions", "shown": jax.process_index() == 0}
+    with Progress(c.steps, images=c.batch_size, **kind) as bar:
         for i, (trained, loss) in enumerate(steps, 1):
             params = trained
             if i % 10 == 0 or i == c.steps:
@@ -181,14 +186,14 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         ema=config.ema,
     )
     _check_validation(config, validation_source, mesh)
+    everywhere = sharding.replicated(mesh)  # so that each host can read it
     train_loader = loader.Loader(
         train_source,
         prompts,
         config.data,
         config.train.batch_size,
         config.seed,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(mesh, config.train.batch_size),
     )
     _check_loader(train_loader, config, len(train_source))
     return Parts(
@@ -200,8 +205,11 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         validation_source,
         tuple(Fault(-1, -1, _bytes(*lost), _LOST, lost[1].reason) for lost in train_source.damage),
         current,
-        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        jax.jit(step.make_validation(objective, tuple(config.validation.timesteps))),
+        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        jax.jit(
+            step.make_validation(objective, tuple(config.validation.timesteps)),
+            out_shardings=everywhere,
+        ),
     )
 
 

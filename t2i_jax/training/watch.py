@@ -37,18 +37,20 @@ class Watch:
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
         self._writer = MetricWriter(parts.workdir, start) if self._main else None
-        self._bar = Progress(config.train.steps, start, config.train.batch_size)
+        images = config.train.batch_size
+        self._bar = Progress(config.train.steps, start, images, shown=self._main)
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
         hosts = jax.process_index(), jax.process_count()
         self._faults = faults.FaultLog(parts.workdir, *hosts, start)
+        self._tells = sharding.tells_rows(parts.mesh)  # and no other host the same bad samples
         self._faults.add(0, (*parts.damage, *parts.train_loader.left_out))
 
     def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
         """A step is under way: looks at the one before it."""
         self.settle()
         self._pending = (number, metrics)
-        self._faults.add(number, bad)
+        self._tell(number, bad)
 
     def settle(self) -> None:
         """Waits for the pending step. Raises NonFiniteError where it is not finite."""
@@ -97,7 +99,7 @@ class Watch:
         key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
         losses, rows = [], []
         for i, batch in enumerate(_validation_batches(parts)):
-            self._faults.add(number, batch.faults)
+            self._tell(number, batch.faults)
             arrays = sharding.shard_batch(batch.arrays, parts.mesh)
             rng = jax.random.fold_in(key, i)
             losses.append(parts.validate(current.ema, parts.pipeline.frozen, arrays, rng))
@@ -136,6 +138,10 @@ class Watch:
         if self._main:
             self._writer.close()
 
+    def _tell(self, number: int, bad: tuple[Fault, ...]) -> None:
+        if self._tells:
+            self._faults.add(number, bad)
+
     def _write(self, number: int, values: dict[str, float]) -> None:
         if self._main:
             self._writer.scalars(number, values)
@@ -164,7 +170,5 @@ def _validation_batches(parts: Parts) -> Iterator[loader.Batch]:
     samples = validation_samples(config, source)
     shards = sharding.batch_shards(parts.mesh)
     for size in validation_sizes(len(samples), config.train.batch_size, shards):
-        rows = size // jax.process_count()
-        first = jax.process_index() * rows
-        yield held_out.fixed_batch(samples[first : first + rows])
+        yield held_out.fixed_batch([samples[r] for r in sharding.local_rows(parts.mesh, size)])
         samples = samples[size:]

@@ -726,7 +726,7 @@ def test_training_gets_full_batches_of_a_damaged_mixture(mixed, tokenizer):
     bad = {source.name(i) for i in range(len(source)) if _cause(source, i)}
     assert bad and {fault.sample for fault in faults} == bad
     prompts = Prompts(tokenizer, mixed.data)
-    hosts = [Loader(source, prompts, mixed.data, 8, 1, host, 2) for host in (0, 1)]
+    hosts = [Loader(source, prompts, mixed.data, 8, 1, range(h * 4, h * 4 + 4)) for h in (0, 1)]
     for step, batch in enumerate(batches[:4]):
         parts = [host.batch(step) for host in hosts]
         assert sum((part.faults for part in parts), ()) == batch.faults

@@ -73,7 +73,8 @@ class Case:
         self.seen = [self.ids(hosts, range(STEPS)) for hosts in HOSTS]
 
     def loader(self, host=0, hosts=1):
-        return Loader(self.source, self.prompts, self.data, BATCH, SEED, host, hosts)
+        rows = range(host * BATCH // hosts, (host + 1) * BATCH // hosts)
+        return Loader(self.source, self.prompts, self.data, BATCH, SEED, rows)
 
     def ids(self, hosts, steps):
         """The names of the global batches of `steps`, of loaders that have just been made."""
