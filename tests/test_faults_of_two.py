@@ -5,6 +5,7 @@ that nothing happens to.
 """
 
 import json
+import shutil
 import signal
 import socket
 
@@ -57,11 +58,17 @@ class Two:
         return "\n".join(training.output() for training in self.all)
 
 
+def _later(folder, names):
+    """What is not there yet when the language model has been trained."""
+    return {"checkpoints", "history.jsonl", "metrics.jsonl", "tensorboard"}.intersection(names)
+
+
 class Hurt:
     """What happened to the two in one working directory, time after time."""
 
     def __init__(self, workdir, cache):
         self.workdir = workdir
+        shutil.copytree(workdir.with_name("undisturbed"), workdir, ignore=_later)
         two = Two(workdir, cache, fill=True)
         two.all[0].wait_for(lambda t: t.steps() >= 9)
         two.all[1].process.kill()
