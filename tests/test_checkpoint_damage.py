@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -15,6 +16,7 @@ from t2i_jax.errors import UserError
 from tests import tiny
 from tests.test_checkpoint import host_state, like, on_devices
 
+LIMIT = 240  # seconds until a failed save is known, on a busy machine
 SIZES = (1, 2, 1)
 STEPS = (3, 5, 9)
 # Files that say what is said elsewhere, too: nothing is lost with them.
@@ -222,7 +224,8 @@ def test_the_newest_and_every_tenth_are_kept(tmp_path):
 def large(workdir, saved):
     """Saves a step that is larger than the disk; asks until it is told so."""
     saved.save(11, on_devices(host_state(width=2**17), SIZES), tiny.config())
-    while True:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
         saved.check()
 
 

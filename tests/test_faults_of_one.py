@@ -3,15 +3,13 @@
 Real processes of launch/train.py on two simulated devices, one after the other in one working
 directory: killed while the language model is trained, while a checkpoint is being written, and at
 random moments (T2I_FAULT_KILLS of them); asked to stop by SIGTERM; its newest checkpoint cut; its
-disk full. In a copy, the process that reads the data is stalled.
+disk full. A stalled process is in test_faults_of_two.py.
 """
 
 import json
 import os
-import pathlib
 import random
 import resource
-import shutil
 import signal
 import time
 
@@ -22,13 +20,11 @@ from t2i_jax import build, checkpoint, frozen, sharding
 from t2i_jax.training import optimizer, state
 from t2i_jax.training.history import goodput
 from t2i_jax.training.preemption import EXIT_PREEMPTED
-from t2i_jax.training.watchdog import EXIT_STALLED
 from tests import tiny
 from tests.processes import EVERY, KILLS, STEPS, VALIDATE, Training, at, saving
 
 SEED = int(os.environ.get("T2I_FAULT_SEED", "0"))
 FULL = 40_000  # bytes that a file may have; a checkpoint has larger ones, and nothing else
-STALL = ("--config.data.num_workers=1", "--config.train.step_deadline=20")
 
 
 def pretraining(training):
@@ -62,15 +58,6 @@ def cut_newest(workdir, rng):
     return step
 
 
-def child_of(training):
-    """The process that makes its batches."""
-    for children in pathlib.Path(f"/proc/{training.process.pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
-                return int(child)
-    raise AssertionError("no process makes batches")
-
-
 class Hurt:
     """The working directory that everything happens to, and what was seen of it."""
 
@@ -80,23 +67,13 @@ class Hurt:
         self._start().kill_when(saving)
         for _ in range(KILLS):
             self._start().kill_when(at_random(rng))
-        self.stalled = self._stall()
         self.asked = self._ask()
         self.cut = cut_newest(workdir, rng)
         self.filled = self._fill()
         self.last = self._start().finish()
-        self.stalled_code = self.stalled.end()
 
-    def _start(self, *flags, workdir=None):
-        return Training(workdir or self.workdir, self._cache, *flags)
-
-    def _stall(self):
-        copy = self.workdir.with_name("stalled")
-        shutil.copytree(self.workdir, copy)
-        training = self._start(*STALL, workdir=copy)
-        training.wait_for(at(0))
-        os.kill(child_of(training), signal.SIGSTOP)
-        return training
+    def _start(self):
+        return Training(self.workdir, self._cache)
 
     def _ask(self):
         training = self._start()
@@ -160,15 +137,6 @@ def test_a_full_disk_stops_it_with_the_last_checkpoint_intact(hurt):
     assert f"Checkpoint {hurt.intact} is intact. Make room for it" in said
     assert all(name.isdigit() or "tmp" in name for name in hurt.left)
     assert hurt.last.resumed() == hurt.intact
-
-
-def test_a_stalled_process_is_ended_with_its_stacks(hurt):
-    assert hurt.stalled_code == EXIT_STALLED
-    said = hurt.stalled.output()
-    assert "has taken more than 20 seconds (train.step_deadline" in said
-    stacks = (hurt.stalled.workdir / "stacks_host_0000.txt").read_text()
-    assert "loader.py" in stacks and "in train" in stacks
-    assert "loader.py" in said.partition("has taken more than")[2]
 
 
 def test_the_history_tells_of_every_start(hurt):
