@@ -259,7 +259,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_full(good, small_disk):
     shutil.copytree(good / "checkpoints", small_disk / "checkpoints")
-    message = r"No space left.* 9 is intact"
+    message = r"could not be written to .* 9 is intact"
     with (
         checkpoint.Checkpoints(small_disk, keep=3) as saved,
         pytest.raises(StorageError, match=message),

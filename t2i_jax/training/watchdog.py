@@ -52,6 +52,7 @@ class Watchdog:
         with self._changed:
             self._what, self._limit = what, self._seconds[pause]
             self._deadline = time.monotonic() + self._limit if self._limit else None
+            self._stand_in()
             self._changed.notify()
 
     def close(self) -> None:
@@ -74,16 +75,14 @@ class Watchdog:
                 if left is not None and left <= 0:
                     self._bite()
                     break
-                self._stand_in(left)
                 self._changed.wait(left)
         faulthandler.cancel_dump_traceback_later()
 
-    def _stand_in(self, left: float | None) -> None:
-        """Arms faulthandler, which needs no interpreter, for when this thread cannot run."""
-        if left is None:
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            seconds = left + self._limit + _LAST_WORDS
+    def _stand_in(self) -> None:
+        """Arms faulthandler, which needs no interpreter, for when the thread cannot run."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._limit:
+            seconds = 2 * self._limit + _LAST_WORDS
             faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
     def _bite(self) -> None:
