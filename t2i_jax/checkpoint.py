@@ -104,11 +104,10 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises StorageError as soon as it is known that a save has failed; waits for nothing."""
-        if self._saving is not None:
-            with self._told_once():
-                self._manager.check_for_errors()
-            if not self._manager.is_saving_in_progress():
-                self.wait()
+        # Not `check_for_errors`: it takes the error from the thread that deletes old checkpoints
+        # unless there was one.
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for what is being saved. Raises StorageError where that cannot be written."""
