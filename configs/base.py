@@ -170,10 +170,16 @@ def get_config() -> ConfigDict:
     config.train.attention = "auto"  # 'auto' | 'xla' | 'splash' | 'cudnn': kernel of attention
     config.train.frozen_dtype = "bfloat16"  # of the stored LLM and autoencoder
     config.train.log_every = 10  # steps between lines of metrics.jsonl
+    # Seconds after which a run that does not get on is ended, with the stacks of all threads; 0 =
+    # never. Of a step; and of what is rare and slow: setting up, the first step of a shape (it
+    # compiles), validation, pictures, waiting for a checkpoint to be written.
+    config.train.step_deadline = 1800.0
+    config.train.pause_deadline = 7200.0
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5000  # steps
     config.checkpoint.keep = 3  # newest ones kept
+    config.checkpoint.keep_every = 0  # steps; those of its multiples are kept for ever; 0 = none
 
     config.validation = ConfigDict()
     config.validation.every = 5000  # steps; 0 = never

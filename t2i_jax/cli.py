@@ -27,8 +27,8 @@ _PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flag
 def run(main: Callable[[Sequence[str]], Any], *, commands: bool = False) -> NoReturn:
     """`absl.app.run`, but a UserError ends the program with its message alone.
 
-    The status is 2 for a ConfigError, 1 for others. With `commands`, words that are no flags are
-    left to `main`.
+    The status is that of the error: 2 for a ConfigError, 1 for most others. With `commands`, words
+    that are no flags are left to `main`.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -181,4 +181,4 @@ def _reported() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(error.exit_code)

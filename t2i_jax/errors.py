@@ -5,11 +5,19 @@ import contextlib
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and what to do."""
+    """Says what is wrong, where, and what to do.
+
+    Attributes:
+      exit_code: of a command line that ends with it.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(UserError, ValueError):
     """A config or command line that cannot work."""
+
+    exit_code = 2
 
 
 class MissingError(UserError, FileNotFoundError):

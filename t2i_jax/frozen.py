@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, checkpoint, sharding
+from t2i_jax import build, sharding
 from t2i_jax.data import sources
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ from t2i_jax.interop.llm import open_llm, same_scale
 from t2i_jax.interop.mapping import Mapped, Source, materialise
 from t2i_jax.interop.stored import of_part, prefixed
 from t2i_jax.models.autoencoder import Autoencoder, AutoencoderKL
+from t2i_jax.stored_arrays import tree_sources
 
 _TOKENIZER_CAPTIONS = 5_000  # captions that a tokenizer is trained on
 PARTS = ("llm", "autoencoder", "clip")
@@ -116,7 +117,7 @@ def open_parts(config: ConfigDict, workdir: epath.PathLike) -> Frozen:
         if config.weights.llm:
             found = prefixed("llm", _open(config, "llm")[0])
         else:
-            found = prefixed("llm", checkpoint.tree_sources(llm_path(workdir)))
+            found = prefixed("llm", tree_sources(llm_path(workdir)))
         network = None
         if config.autoencoder.kind != "identity":
             part, network = _open(config, "autoencoder")

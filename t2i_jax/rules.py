@@ -80,6 +80,9 @@ RANGES: dict[str, _Range] = {
     "optimizer.warmup_steps": _OR_ZERO,
     "optimizer.decay_steps": _OR_ZERO,
     "ema.decay": _DECAY,
+    "train.step_deadline": _OR_ZERO,
+    "train.pause_deadline": _OR_ZERO,
+    "checkpoint.keep_every": _OR_ZERO,
     "validation.every": _OR_ZERO,
     "sampling.every": _OR_ZERO,
     "sampling.guidance": _OR_ZERO,
@@ -325,6 +328,12 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
         yield (
             f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "
             f"{config.flow.num_timesteps}, the levels there are"
+        )
+    saved = config.checkpoint
+    if saved.keep_every % max(saved.every, 1):
+        yield (
+            f"checkpoint.keep_every = {saved.keep_every} is no multiple of checkpoint.every = "
+            f"{saved.every}: most of its multiples would never be saved"
         )
     if sampling.every and not sampling.prompts:
         yield f"sampling.every = {sampling.every}, but sampling.prompts is empty"

@@ -27,3 +27,15 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     loop.train(tiny.config(**tiny.WATCHED), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The working directory of a real process that nothing happened to (tests/processes.py).
+
+    The programs that it compiled are beside it.
+    """
+    from tests.processes import Training
+
+    parent = tmp_path_factory.mktemp("runs")
+    return Training(parent / "undisturbed", parent / "programs", fill=True).finish().workdir

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from tests.test_kill import TINY
+from tests.processes import TINY
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIMIT = 400  # seconds, for all processes of a run on a busy machine

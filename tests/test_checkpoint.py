@@ -132,7 +132,7 @@ def test_another_format_is_refused(workdir, tmp_path):
     for version in (99, None):
         meta["format_version"] = version
         file.write_text(json.dumps(meta))
-        message = rf"checkpoints/9 has checkpoint format {version}.* reads format 1"
+        message = rf"checkpoints/9 has checkpoint format {version}.* reads formats \(1, 2\)"
         with checkpoint.Checkpoints(tmp_path) as saved:
             with pytest.raises(ValueError, match=message):
                 saved.config(9)

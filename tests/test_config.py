@@ -142,7 +142,7 @@ CONTRADICTIONS = {
     "validation.every = 250, but validation.timesteps is empty": {"validation__timesteps": ()},
     "validation.timesteps = (0.0, 0.5) must be above 0": {"validation__timesteps": (0.0, 0.5)},
     "mesh.tensor = 0 must be positive, or -1: the rest of the devices": {"mesh__tensor": 0},
-    "mesh.data = mesh.fsdp = -1: only one axis": {"mesh__data": -1},
+    "mesh.data = mesh.tensor = -1: one axis takes the rest": {"mesh__fsdp": 1, "mesh__tensor": -1},
     "train.batch_size / train.accumulation = 64 is not divisible by mesh.data * mesh.fsdp = 48": {
         "train__accumulation": 2,
         "mesh__fsdp": 16,

@@ -35,6 +35,9 @@ CONTRADICTIONS = {
     "data.chat_template = True, but weights.tokenizer = '' makes one that has none": {
         "data__chat_template": True
     },
+    "checkpoint.keep_every = 7500 is no multiple of checkpoint.every = 5000": {
+        "checkpoint__keep_every": 7500
+    },
     "data.add_generation_prompt = True, but data.chat_template = False": {
         "data__add_generation_prompt": True
     },

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from typing import Any, NamedTuple
@@ -196,7 +197,11 @@ class _Maker:
 
 
 def _end_with_parent(*_) -> None:
-    """In a worker: ends it when its parent is gone, killed perhaps, and asks for nothing more."""
+    """In a worker: ends it when its parent is gone, killed perhaps, and asks for nothing more.
+
+    And not before: SIGTERM to all processes of a run asks it to save, and that takes batches.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -1,12 +1,13 @@
 """Batches on their way to the devices: sent while the one before is worked on, texts cut."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from t2i_jax import sharding
 from t2i_jax.data.loader import Batch
@@ -22,15 +23,24 @@ class Sent(NamedTuple):
     faults: tuple[Fault, ...]
 
 
-def feed(batches: Iterator[Batch], mesh: Mesh, lengths: Sequence[int] = ()) -> Iterator[Sent]:
+def feed(
+    batches: Iterator[Batch],
+    mesh: Mesh,
+    lengths: Sequence[int] = (),
+    asked: Callable[[], bool] | None = None,
+) -> Iterator[Sent]:
     """The batches of this host as global arrays, the next one sent before one is handed out.
 
     With `lengths`, texts are cut to the least of them that holds the longest of the global batch
     (or stay as they are): how long that is, the devices tell while they wait for the batch before.
+    With `asked`, batches say whether this host was asked to stop: 'stop' (B,) int32.
     """
     waiting: tuple[Sent, jax.Array | None] | None = None
     for batch in batches:
-        arrays = sharding.shard_batch(batch.arrays, mesh)
+        arrays = batch.arrays
+        if asked is not None:
+            arrays = {**arrays, "stop": np.full(len(arrays["ids"]), asked(), np.int32)}
+        arrays = sharding.shard_batch(arrays, mesh)
         longest = _longest(mesh)(arrays["mask"]) if lengths else None
         if waiting is not None:
             yield _cut(*waiting, lengths)

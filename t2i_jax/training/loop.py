@@ -1,8 +1,6 @@
 """The training loop: set up, resume, step, watch, save."""
 
-import json
 import math
-import re
 from typing import Any
 
 from etils import epath
@@ -20,32 +18,16 @@ from t2i_jax.data.bad import Cause
 from t2i_jax.data.samples import Fault
 from t2i_jax.data.tar import Damage
 from t2i_jax.data.tokenizer import Tokenizer
-from t2i_jax.errors import ConfigError, UserError
+from t2i_jax.errors import UserError
 from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
 from t2i_jax.training import optimizer, pretrain, state, step
+from t2i_jax.training import workdir as workdirs
 from t2i_jax.training.feed import feed
+from t2i_jax.training.guard import Guard
 from t2i_jax.training.parts import Parts
 from t2i_jax.training.watch import NonFiniteError, Watch, validation_samples
 
-# What a run may change when it is started again in its working directory; and train.steps, where
-# the schedule does not end with it.
-_MAY_CHANGE = (
-    "name",
-    "weights.",
-    "autoencoder.tile",
-    "data.path",
-    "data.index_dir",
-    "data.max_bad_rate",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "train.log_every",
-    "checkpoint.",
-    "validation.",
-    "sampling.",
-    "mesh.",
-)
 _LOST = str(Cause.UNREADABLE)
 _SHOWN = 10  # damaged files that a message names
 
@@ -57,7 +39,8 @@ class SetupError(UserError):
 def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     """Runs `config` in `workdir`, from its newest checkpoint if there is one, to its last step.
 
-    Raises SetupError where files are missing, NonFiniteError where training diverges.
+    Raises SetupError where files are missing, NonFiniteError where training diverges,
+    PreemptedError when it has stopped because of SIGTERM, StorageError where it cannot write.
     """
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
@@ -68,68 +51,20 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
         if start and not resumed and not epath.Path(start).exists():
             raise SetupError(f"weights.start = {start!r}: no such directory.")
         train_source, validation_source = open_data(config)
-        claim(config, workdir, train_source)
+        workdirs.claim(config, workdir, train_source)
     with distributed.together():
         distributed.check_shared(workdir / "config.json", configs.to_json(config))
-    with jax.set_mesh(mesh), checkpoint.Checkpoints(workdir, config.checkpoint.keep) as saved:
+    keep = config.checkpoint.keep, config.checkpoint.keep_every
+    with (
+        Guard(config, workdir) as guard,
+        jax.set_mesh(mesh),
+        checkpoint.Checkpoints(workdir, *keep) as saved,
+    ):
         make_text_side(config, workdir, mesh, train_source)
-        parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
+        with guard.setup():
+            parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
         with parts.train_loader:
-            return _run(parts, saved)
-
-
-def claim(config: ConfigDict, workdir: epath.Path, source: sources.Source) -> None:
-    """Makes a working directory that of `config`, in <workdir>/config.json, and of its data.
-
-    Raises ConfigError where it holds a run of another config, but for keys that a resumed run may
-    change, or on other training samples: a position would mean another sample.
-    """
-    data = {"samples": len(source), "fingerprint": source.fingerprint}
-    files = {"config.json": configs.to_json(config), "data.json": json.dumps(data)}
-    made = any((workdir / part).exists() for part in ("tokenizer", "llm", "checkpoints"))
-    if made and (workdir / "config.json").exists():
-        before = configs.from_json((workdir / "config.json").read_text())
-        if changed := _changes(before, config):
-            raise ConfigError(
-                f"{workdir} holds a run of another config: {'; '.join(changed)}. "
-                "Set these back, or give another --workdir."
-            )
-    if made and (workdir / "data.json").exists():
-        was = json.loads((workdir / "data.json").read_text())
-        if was != data:
-            same = was["samples"] == data["samples"]
-            raise ConfigError(
-                f"{workdir} holds a run on {was['samples']} training samples, now there are "
-                f"{'others, as many' if same else data['samples']}: which were held out, and which "
-                "came when, would differ. Give the data as it was, or another --workdir."
-            )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            new = workdir / f"{name}.new"
-            new.write_text(text)
-            new.replace(workdir / name)
-
-
-def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
-    """What a run that is resumed must not change, and `now` does."""
-    was, wanted = (_placeless(configs.flat(config)) for config in (before, now))
-    free = _MAY_CHANGE
-    if now.optimizer.schedule == "constant":
-        free += ("train.steps",)
-    return [
-        f"{key} = {wanted.get(key)!r}, was {was.get(key)!r}"
-        for key in sorted(was.keys() | wanted.keys())
-        if was.get(key) != wanted.get(key)
-        # Files may move; made by the run itself, or not, is another model.
-        and not (key.startswith(free) and (was.get(key) == "") == (wanted.get(key) == ""))
-    ]
-
-
-def _placeless(values: dict[str, Any]) -> dict[str, Any]:
-    """A flat config whose mixture does not say where its files are."""
-    mixture = (re.sub(r"(^|\s)path=(\S*)", r"\1", entry) for entry in values["data.mixture"])
-    return values | {"data.mixture": tuple(mixture)}
+            return _run(parts, saved, guard)
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source]:
@@ -234,10 +169,8 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     update, rate = optimizer.make(config.optimizer, config.train.steps, boxed)
     whole = jax.eval_shape(lambda p: state.create(p, update), trained)
     shardings = state.shardings(whole, trained, mesh)
-    if saved.steps():
-        like = checkpoint.abstract(whole, shardings)
-        current = saved.restore(saved.steps()[-1], like)
-    else:
+    current = saved.restore_newest(checkpoint.abstract(whole, shardings))
+    if current is None:
         if config.weights.start:
             params = trained_params(convert.open_model(config.weights.start), config, mesh)
         else:
@@ -307,7 +240,7 @@ def _check_loader(train_loader: loader.Loader, config: ConfigDict, samples: int)
     )
 
 
-def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
+def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.TrainState:
     """Steps from the state's step to the last one; the step just dispatched is never waited for."""
     config, mesh, current = parts.config, parts.mesh, parts.state
     start, last = int(current.step), config.train.steps
@@ -316,17 +249,38 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints) -> state.TrainState:
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
     watch = Watch(parts, start)
-    batches = feed(parts.train_loader.batches(start), mesh, config.data.text_buckets)
+    alone = jax.process_count() == 1
+    batches = feed(
+        parts.train_loader.batches(start),
+        mesh,
+        config.data.text_buckets,
+        None if alone else lambda: guard.asked,
+    )
     for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
+        guard.step(number, batch.arrays)
         current, metrics = parts.train_step(current, parts.pipeline.frozen, batch.arrays, rng)
         watch.dispatched(number, metrics, batch.faults)
+        if number == start + 1:
+            watch.settle()
+            guard.ready(start)
         if _due(number, config.validation.every, last):
-            watch.validate(number, current)
+            with guard.pause("validation"):
+                watch.validate(number, current)
         if _due(number, config.sampling.every, last):
-            watch.draw(number, current)
-        if _due(number, config.checkpoint.every, last):
+            with guard.pause("drawing"):
+                watch.draw(number, current)
+        saved.check()
+        stop = guard.asked if alone else watch.asked
+        if stop or _due(number, config.checkpoint.every, last):
             watch.settle()  # nothing that is not finite is ever saved
-            saved.save(number, current, config)
+            with guard.saving():
+                saved.save(number, current, config)
+        if stop and number < last:
+            watch.leave()
+            with guard.pause("the last checkpoint"):
+                saved.wait()
+            raise guard.stopped()
+    guard.leaving()
     with distributed.together():  # the others wait for what the first one writes
         watch.close()
     return current

@@ -121,7 +121,8 @@ def make_train_step(
 
     `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are
     float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate; and
-    where the batch has it, 'bad': the samples that it could not use, by cause, int32 (causes,).
+    where the batch has it, 'bad': the samples that it could not use, by cause, int32 (causes,),
+    and 'stop': whether a process was asked to, int32.
     """
 
     def gradient(params, inputs):
@@ -155,6 +156,8 @@ def make_train_step(
         }
         if "bad" in batch:
             metrics["bad"] = jnp.sum(batch["bad"], axis=0)
+        if "stop" in batch:
+            metrics["stop"] = jnp.max(batch["stop"])
         return TrainState(step, params, averaged, opt_state), metrics
 
     return train_step

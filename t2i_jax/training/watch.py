@@ -24,10 +24,15 @@ class NonFiniteError(UserError):
 
 
 class Watch:
-    """Reads metrics one step behind, checks and writes them; draws and validates on request."""
+    """Reads metrics one step behind, checks and writes them; draws and validates on request.
+
+    Attributes:
+      asked: whether a process was asked to stop, the same in all of them after the same step.
+    """
 
     def __init__(self, parts: Parts, start: int):
         self._parts, config = parts, parts.config
+        self.asked = False
         self._pending: tuple[int, Any] | None = None
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
@@ -55,9 +60,10 @@ class Watch:
         self._pending = None
         metrics = jax.device_get(metrics)
         bad_C = metrics.pop("bad")
+        self.asked |= bool(metrics.pop("stop", False))
         values = {name: float(value) for name, value in metrics.items()}
         if not all(math.isfinite(value) for value in values.values()):
-            self._finish()
+            self.leave()
             raise NonFiniteError(
                 f"Step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}, "
                 f"update norm {values['update_norm']}. "
@@ -75,7 +81,7 @@ class Watch:
         """Raises DataError where too much of the data is bad."""
         self._bad.add(bad_C)
         if self._bad.too_many:
-            self._finish()
+            self.leave()
             causes = ", ".join(f"{k}: {v}" for k, v in self._bad.metrics().items())
             raise faults.DataError(
                 f"Step {number}: more than data.max_bad_rate = "
@@ -119,13 +125,14 @@ class Watch:
     def close(self) -> None:
         """After the last step: what is pending, and loss.png."""
         self.settle()
-        self._finish()
+        self.leave()
         if self._main:
             metrics = read_metrics(self._parts.workdir)
             if any("loss" in entry for entry in metrics):
                 pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
 
-    def _finish(self) -> None:
+    def leave(self) -> None:
+        """Nothing more is written; the run does not end here."""
         self._bar.close()
         self._faults.close()
         if self._main:

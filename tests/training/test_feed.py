@@ -40,3 +40,13 @@ def test_texts_are_cut_to_the_least_length_that_holds_them(cut):
 def test_nothing_to_feed():
     mesh = sharding.make_mesh(data=1, fsdp=len(jax.devices()), tensor=1)
     assert list(feed(iter(()), mesh)) == []
+
+
+def test_a_host_that_is_asked_to_stop_says_so_in_the_batches_that_follow():
+    mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
+    asked, said = [False], []
+    for k, sent in enumerate(feed(batches((3,) * 6, []), mesh, (), lambda: asked[0])):
+        assert sent.arrays["stop"].shape == (16,)
+        said.append(np.unique(sent.arrays["stop"]).tolist())
+        asked[0] = k >= 2  # while the fourth batch is on its way
+    assert said == [[0], [0], [0], [0], [1], [1]]

@@ -15,7 +15,7 @@ from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import loop, state, step, watch
+from t2i_jax.training import loop, state, step, watch, workdir
 from t2i_jax.training.metrics import read_metrics
 from tests import tiny
 
@@ -28,6 +28,7 @@ def test_a_run_leaves_what_it_promises(trained):
             "checkpoints",
             "config.json",
             "data.json",
+            "history.jsonl",
             "llm",
             "loss.png",
             "metrics.jsonl",
@@ -156,22 +157,22 @@ def test_another_length_is_refused_where_the_schedule_ends_with_it(trained, tmp_
 def test_a_language_model_of_another_origin_is_refused(trained):
     config = tiny.config(**tiny.WATCHED, weights__llm="elsewhere", weights__tokenizer="elsewhere")
     with pytest.raises(ConfigError, match=r"weights\.llm = 'elsewhere', was ''"):
-        loop.claim(config, trained, Counted(1_000_000))
+        workdir.claim(config, trained, Counted(1_000_000))
 
 
 def test_data_that_grew_is_refused(trained):
     was = json.loads((trained / "data.json").read_text())
     assert was["samples"] == 1_000_000 and was["fingerprint"]
     with pytest.raises(ConfigError, match="1000000 training samples, now there are 1000001"):
-        loop.claim(tiny.config(**tiny.WATCHED), trained, Counted(1_000_001))
+        workdir.claim(tiny.config(**tiny.WATCHED), trained, Counted(1_000_001))
 
 
 def test_a_directory_in_which_nothing_was_made_is_free(tmp_path):
-    loop.claim(tiny.config(), tmp_path, Counted(5))
-    loop.claim(tiny.config(seed=3), tmp_path, Counted(6))
+    workdir.claim(tiny.config(), tmp_path, Counted(5))
+    workdir.claim(tiny.config(seed=3), tmp_path, Counted(6))
     (tmp_path / "llm").mkdir()
     with pytest.raises(ConfigError, match="seed = 42, was 3"):
-        loop.claim(tiny.config(), tmp_path, Counted(6))
+        workdir.claim(tiny.config(), tmp_path, Counted(6))
 
 
 def test_a_language_model_that_diverges_is_not_kept(tmp_path):

@@ -169,3 +169,15 @@ def test_validation_is_the_loss_at_fixed_times(run):
     fixed = [{**inputs, "t": jnp.full(16, t)} for t in times]
     expected = [loss_B(run.objective, run.state.params, x).mean() for x in fixed]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_one_row_that_is_asked_to_stop_stops_all(run):
+    train_step, key = jax.jit(run.train_step()), KEY
+    rows = len(run.batch["ids"])
+    for asked in ([], [3]):
+        stop = np.zeros(rows, np.int32)
+        stop[asked] = 1
+        _, metrics = train_step(run.state, run.frozen, {**run.batch, "stop": stop}, key)
+        assert int(metrics["stop"]) == len(asked)
+    _, plain = train_step(run.state, run.frozen, run.batch, key)
+    assert "stop" not in plain and float(plain["loss"]) == float(metrics["loss"])

@@ -1,0 +1,99 @@
+"""What keeps a run safe: a watchdog, SIGTERM heard, its history written, full disks explained."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+
+from t2i_jax.damage import StorageError
+from t2i_jax.training.history import History
+from t2i_jax.training.preemption import PreemptedError, Preemption
+from t2i_jax.training.watchdog import Watchdog
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Guard:
+    """Open from the start of a run to its end; the loop tells it what it does.
+
+    Raises, where it is left by an OSError of a full disk, a StorageError instead.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: epath.PathLike):
+        self._workdir = workdir
+        self._history = History(workdir) if jax.process_index() == 0 else None
+        self._preemption = Preemption()
+        limits = config.train
+        self._dog = Watchdog(workdir, step=limits.step_deadline, pause=limits.pause_deadline)
+        self._open = contextlib.ExitStack()
+        self._step = 0
+        self._shapes = set()
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop, by SIGTERM."""
+        return self._preemption.asked
+
+    @contextlib.contextmanager
+    def setup(self) -> Iterator[None]:
+        """Around all that is between the text side and the first batch."""
+        self._dog.expect("setting up", pause=True)
+        yield
+        self._preemption.wait_for_step()
+
+    def step(self, number: int, arrays: Mapping[str, jax.Array]) -> None:
+        """The batch of a step is here; where it has another shape, the step will be compiled."""
+        shapes = frozenset((name, array.shape) for name, array in arrays.items())
+        self._dog.expect(f"step {number}", pause=shapes not in self._shapes)
+        self._shapes.add(shapes)
+        self._step = number
+
+    def ready(self, start: int) -> None:
+        """The first step after `start` is done."""
+        if self._history:
+            self._history.ready(start)
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Around what is no step, and may take longer."""
+        self._dog.expect(f"{what} at step {self._step}", pause=True)
+        with self._history.pause() if self._history else contextlib.nullcontext():
+            yield
+        self._dog.expect(f"the data after step {self._step}")
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the start of saving the step."""
+        if self._history:
+            self._history.saved(self._step)
+        with self.pause("saving"):
+            yield
+
+    def stopped(self) -> PreemptedError:
+        """What is raised when the step is saved because somebody was asked to stop."""
+        return PreemptedError(
+            f"Stopped by SIGTERM after step {self._step}, which is saved; start again to go on."
+        )
+
+    def leaving(self) -> None:
+        """The last step is done; what is being saved is waited for."""
+        self._dog.expect(f"the last checkpoint, at step {self._step}", pause=True)
+
+    def __enter__(self) -> "Guard":
+        self._open.enter_context(self._dog)
+        self._open.enter_context(self._preemption)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._open.close()
+        if self._history:
+            with contextlib.suppress(OSError):  # of the disk that ended the run
+                self._history.ended(self._step, kind.__name__ if kind else "finished")
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise StorageError(
+                f"Step {self._step}: cannot write in {self._workdir}: {error}. The newest "
+                "checkpoint is intact. Make room, and start again."
+            ) from error
