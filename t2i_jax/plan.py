@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import build, sharding
 from t2i_jax.errors import ConfigError
-from t2i_jax.training import optimizer, state
+from t2i_jax.training import program
 
 
 def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
@@ -14,18 +14,15 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
 
     Raises ConfigError where the batch, or the validation set, does not divide over the mesh.
     """
-    _check_batch(config, mesh)
-    boxed, boxed_frozen = build.abstract_params(config)
-    trained, frozen = build.sharded(boxed, mesh), build.sharded(boxed_frozen, mesh)
-    update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)
-    whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-    shardings = state.shardings(whole, trained, mesh)
+    check_batch(config, mesh)
+    whole, _, _ = program.abstract_state(config, mesh)
+    frozen = program.abstract_frozen(config, mesh)
     per_device = {
-        "parameters": _bytes(whole.params, shardings.params),
-        "EMA": _bytes(whole.ema, shardings.ema),
-        "optimiser": _bytes(whole.opt_state, shardings.opt_state),
-        "gradients": _bytes(whole.params, shardings.params),
-        "frozen": sum(_bytes(frozen[k], _shardings(frozen[k])) for k in frozen),
+        "parameters": sharding.bytes_per_device(whole.params),
+        "EMA": sharding.bytes_per_device(whole.ema),
+        "optimiser": sharding.bytes_per_device(whole.opt_state),
+        "gradients": sharding.bytes_per_device(whole.params),
+        "frozen": sharding.bytes_per_device(frozen),
     }
     c, batch = config, config.train.batch_size
     height, width, channels = build.latent_shape(config)
@@ -36,7 +33,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     source = f"a mixture of {mixed}" if mixed else f"{c.data.source}, {c.data.path or 'built in'}"
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
-        *_networks(c, build.count(trained), {k: build.count(v) for k, v in frozen.items()}),
+        *_networks(c, build.count(whole.params), {k: build.count(v) for k, v in frozen.items()}),
         (
             "images",
             f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
@@ -90,7 +87,8 @@ def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[
     ]
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError where the batch, or the validation set, does not divide over the mesh."""
     shards, parts = sharding.batch_shards(mesh), config.train.accumulation
     if config.train.batch_size % (shards * parts):
         raise ConfigError(
@@ -103,14 +101,6 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
             f"data.validation_size = {config.data.validation_size} is less than one sample for "
             f"each of {shards} shards of the batch; raise it, or set validation.every to 0."
         )
-
-
-def _shardings(tree):
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _bytes(tree, shardings) -> int:
-    return sharding.bytes_per_device(tree, shardings)
 
 
 def _size(count: float) -> str:

@@ -333,12 +333,10 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(one, tree)
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes that one device holds of a tree of (abstract) arrays under these shardings."""
-    sizes = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of (abstract) arrays that carry their shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _divisible(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

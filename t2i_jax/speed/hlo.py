@@ -48,6 +48,7 @@ class Instruction(NamedTuple):
     opcode: str
     arrays: tuple[Array, ...]  # its result, a tuple flattened
     rest: str  # operands and attributes, as they stand
+    root: bool = False  # whether it is the result of its computation
 
     @property
     def operands(self) -> list[str]:
@@ -94,7 +95,8 @@ class Program:
                     Array(dtype, tuple(int(n) for n in dims.split(",") if n))
                     for dtype, dims in _ARRAY.findall(types)
                 )
-                body[name] = Instruction(name, opcode, arrays, rest)
+                root = line.lstrip().startswith("ROOT ")
+                body[name] = Instruction(name, opcode, arrays, rest, root)
         self._lines = _source_lines(text)
 
     @functools.cached_property
@@ -192,6 +194,23 @@ class Program:
                 continue
             out[part_of(instruction.scope or self._caller_scope(where))] += count * times
         return dict(out)
+
+    def stacked(self, scope: str, layers: int) -> float:
+        """Bytes that the loops of a scope hand on with a leading axis of `layers`, made in them."""
+        total = 0.0
+        for instruction, _, _ in self.instructions():
+            inside = instruction.opcode == "while" and scope in instruction.scope
+            if not inside or "transpose" in instruction.scope:
+                continue
+            body = self.computations[instruction.attribute("body").lstrip("%")]
+            (root,) = [i for i in body.values() if i.root]
+            for name in root.operands:
+                made = body[name]
+                origin = body[made.operands[0]] if made.opcode == "get-tuple-element" else made
+                if origin.opcode == "parameter":  # handed on as it came
+                    continue
+                total += sum(a.bytes for a in made.arrays if a.shape[:1] == (layers,))
+        return total
 
     def largest(self, count: int) -> list[tuple[Array, int, str]]:
         """(type, how many instructions make one, source line) of the largest arrays in memory."""

@@ -21,7 +21,7 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import UserError
 from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
-from t2i_jax.training import optimizer, pretrain, state, step
+from t2i_jax.training import pretrain, program, state
 from t2i_jax.training import workdir as workdirs
 from t2i_jax.training.feed import feed
 from t2i_jax.training.guard import Guard
@@ -163,30 +163,15 @@ def init_part(config: ConfigDict, mesh, stream: state.Stream, names) -> Any:
 def assemble(config, workdir, mesh, train_source, validation_source, saved) -> Parts:
     """Loads what is frozen, creates or restores the state, and builds the jitted functions."""
     prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
-    model = build.model(config)
-    boxed, _ = build.abstract_params(config)
-    trained = build.sharded(boxed, mesh)
-    update, rate = optimizer.make(config.optimizer, config.train.steps, boxed)
-    whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-    shardings = state.shardings(whole, trained, mesh)
-    current = saved.restore_newest(checkpoint.abstract(whole, shardings))
+    programs = program.make(config, mesh, autoencoder)
+    current = saved.restore_newest(programs.state)
     if current is None:
         if config.weights.start:
             params = trained_params(convert.open_model(config.weights.start), config, mesh)
         else:
-            params = init_part(config, mesh, state.Stream.INIT, tuple(trained))
-        create = jax.jit(lambda p: state.create(p, update), out_shardings=shardings)
-        current = create(params)
-    objective = step.Objective(model, autoencoder, **config.flow, clip=build.clip(config))
-    train_step = step.make_train_step(
-        objective,
-        update,
-        rate,
-        accumulation=config.train.accumulation,
-        ema=config.ema,
-    )
+            params = init_part(config, mesh, state.Stream.INIT, tuple(programs.state.params))
+        current = programs.create(params)
     _check_validation(config, validation_source, mesh)
-    everywhere = sharding.replicated(mesh)  # so that each host can read it
     train_loader = loader.Loader(
         train_source,
         prompts,
@@ -200,16 +185,15 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         config,
         workdir,
         mesh,
-        Pipeline(config, model, autoencoder, prompts, current.ema, frozen_params, mesh),
+        Pipeline(
+            config, build.model(config), autoencoder, prompts, current.ema, frozen_params, mesh
+        ),
         train_loader,
         validation_source,
         tuple(Fault(-1, -1, _bytes(*lost), _LOST, lost[1].reason) for lost in train_source.damage),
         current,
-        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        jax.jit(
-            step.make_validation(objective, tuple(config.validation.timesteps)),
-            out_shardings=everywhere,
-        ),
+        programs.train_step,
+        programs.validate,
     )
 
 

@@ -1,0 +1,240 @@
+"""Compiles the training step for TPUs that are not there, and tells what it would do on them.
+
+libtpu holds the compiler that a TPU machine uses; here it compiles the very functions that
+launch/train.py runs (training/program.py) for abstract devices. What is told: whether it fits, what
+fills the memory, what travels between devices beside what must, and how much is computed beside
+what the model needs.
+
+What must travel, to one device of F shards and D replicas of them, for a sharded parameter of b
+bytes in the dtype that it is used in:
+
+    trained   (F - 1) / F x b       gathered for the forward pass, again for the backward pass,
+              (F - 1) / F x b       its gradient scattered, and summed over replicas:
+              2 (D - 1) / D x b / F
+    frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch
+
+and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient.
+"""
+
+from collections import defaultdict
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from t2i_jax import build, machines, plan, sharding
+from t2i_jax.speed import flops, hlo
+from t2i_jax.training import program
+
+Report = dict[str, Any]
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SHOWN = 8  # of the largest arrays
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a program, or why it made nothing."""
+
+    seconds: float
+    program: Any  # jax.stages.Compiled, or None where it does not fit
+    needed: float  # bytes of HBM; where it does not fit, what the compiler says
+    problem: str
+
+
+def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report:
+    """The report on a training step of `config` on `topology` (machines.parse), as a JSON tree.
+
+    With `latents` the batch is one of stored latents. Raises ConfigError for a topology or mesh
+    that cannot be.
+    """
+    machine = machines.parse(topology)
+    devices = machines.devices(machine)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    plan.check_batch(config, mesh)
+    programs = program.make(config, mesh, build.make_autoencoder(config))
+    arguments = {
+        "state": programs.state,
+        "frozen": program.abstract_frozen(config, mesh),
+        "batch": program.abstract_batch(config, mesh, latents=latents),
+        "key": program.abstract_key(mesh),
+    }
+    chip = machines.CHIPS[machine.chip]
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        lowered = programs.train_step.lower(*arguments.values())
+        traced = time.perf_counter() - start
+        done = compile_(lowered)
+    model = flops.train_step(config, latents=latents)
+    report = {
+        "config": config.name,
+        "what": "train",
+        "topology": topology,
+        "devices": len(devices),
+        "chip": machine.chip,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.train.batch_size,
+        "accumulation": config.train.accumulation,
+        "remat": config.dit.remat,
+        "seconds": {"trace": round(traced, 1), "compile": round(done.seconds, 1)},
+        "fits": done.program is not None and done.needed <= chip.memory,
+        "bytes_needed": done.needed,
+        "bytes_there": chip.memory,
+        "model_flops_a_device": sum(model.values()) / len(devices),
+    }
+    if done.program is None:
+        report |= {"problem": done.problem, "memory": held(arguments)}
+    else:
+        parsed = hlo.Program(done.program.as_text())
+        report |= {
+            "memory": held(arguments) | temporaries(done.program, parsed, config),
+            **traffic(parsed, ideal(config, arguments, mesh), len(devices)),
+            **work(parsed, model, len(devices)),
+            "largest": [
+                {"bytes": a.bytes, "type": f"{a.dtype}{list(a.shape)}", "count": n, "line": line}
+                for a, n, line in parsed.largest(_SHOWN)
+            ],
+        }
+    return report | {"suggestions": suggestions(report, config)}
+
+
+def compile_(lowered: Any) -> Compiled:
+    """Runs the compiler; what does not fit is no error."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        return Compiled(time.perf_counter() - start, None, _needed(text), _first_lines(text))
+    memory = compiled.memory_analysis()
+    needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return Compiled(time.perf_counter() - start, compiled, needed, "")
+
+
+def _needed(text: str) -> float:
+    """Bytes of HBM that the compiler says it would need."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
+    found = found or re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", text)
+    return float(found[1]) * _UNITS[found[2]] if found else math.inf
+
+
+def _first_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500]
+
+
+def held(arguments: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a device for what a step is given."""
+    state, bytes_ = arguments["state"], sharding.bytes_per_device
+    return {
+        "parameters": bytes_(state.params),
+        "EMA": bytes_(state.ema),
+        "optimiser": bytes_(state.opt_state),
+        "frozen": bytes_(arguments["frozen"]),
+        "batch": bytes_(arguments["batch"]),
+    }
+
+
+def temporaries(compiled: Any, parsed: hlo.Program, config: ConfigDict) -> dict[str, float]:
+    """Bytes that a step needs beside: activations kept for the backward pass, and the rest."""
+    memory = compiled.memory_analysis()
+    total = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    kept = min(parsed.stacked("jvp(", config.dit.num_layers), total)
+    return {
+        "activations": kept,
+        "temporaries": max(total - kept, 0),
+        "program": memory.generated_code_size_in_bytes,
+    }
+
+
+def ideal(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dict[str, float]:
+    """Bytes that a device must receive in a step, by kind, as the module's head has it."""
+    shards, replicas = mesh.shape["fsdp"], mesh.shape["data"]
+    width = jnp.dtype(config.train.dtype).itemsize
+    part = (shards - 1) / shards
+    out = defaultdict(float)
+    for x in jax.tree.leaves(arguments["state"].params):
+        held_ = math.prod(x.sharding.shard_shape(x.shape))
+        if _sharded(x):
+            out["all-gather"] += 2 * part * held_ * shards * width
+            out["reduce-scatter"] += part * held_ * shards * width
+            out["all-reduce"] += 2 * (replicas - 1) / replicas * held_ * width
+        else:
+            count = shards * replicas
+            out["all-reduce"] += 2 * (count - 1) / count * x.size * x.dtype.itemsize
+    for path, x in jax.tree.leaves_with_path(arguments["frozen"]):
+        if "embed" in jax.tree_util.keystr(path):
+            ids = arguments["batch"]["clip_ids" if "clip" in str(path[0]) else "ids"]
+            rows = math.prod(ids.sharding.shard_shape(ids.shape)) * shards
+            out["reduce-scatter"] += part * rows * x.shape[-1] * x.dtype.itemsize
+            out["all-gather"] += part * rows * ids.dtype.itemsize
+        elif _sharded(x):
+            held_ = math.prod(x.sharding.shard_shape(x.shape))
+            out["all-gather"] += part * held_ * shards * x.dtype.itemsize
+    return dict(out)
+
+
+def _sharded(x: Any) -> bool:
+    return any("fsdp" in (e if isinstance(e, tuple) else (e,)) for e in x.sharding.spec)
+
+
+def traffic(parsed: hlo.Program, must: dict[str, float], devices: int) -> Report:
+    """What travels, by kind, dtype and group; and beside it what must."""
+    rows: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0, 0.0])
+    for c in parsed.collectives(devices):
+        row = rows[c.kind, "+".join(c.dtypes), c.group, c.asynchronous]
+        row[0] += c.count
+        row[1] += c.bytes
+    names = ("kind", "dtype", "devices", "asynchronous")
+    found = [
+        {**dict(zip(names, key, strict=True)), "count": count, "bytes": size}
+        for key, (count, size) in sorted(rows.items(), key=lambda item: -item[1][1])
+    ]
+    total, least = sum(row["bytes"] for row in found), sum(must.values())
+    return {
+        "collectives": found,
+        "collective_bytes": total,
+        "ideal_bytes": must,
+        "collective_ratio": total / least if least else None,
+    }
+
+
+def work(parsed: hlo.Program, model: dict[str, float], devices: int) -> Report:
+    """FLOPs of the compiled step, of all devices, beside those of the model."""
+    found = {part: count * devices for part, count in parsed.flops().items()}
+    return {
+        "flops": {"model": model, "compiled": found},
+        "flops_ratio": sum(found.values()) / sum(model.values()),
+    }
+
+
+def suggestions(report: Report, config: ConfigDict) -> list[str]:
+    """What to change where it does not fit; the cheapest first."""
+    if report["fits"]:
+        return []
+    out = []
+    order = ["none", "products", "outputs", "full"]
+    now = config.dit.remat
+    if now in order[:-1]:
+        out.append(f"dit.remat = {order[order.index(now) + 1]!r}: keep less for the backward pass")
+    shards = report["mesh"]["data"] * report["mesh"]["fsdp"]
+    rows = config.train.batch_size // (shards * config.train.accumulation)
+    if rows > 1:
+        out.append(f"train.accumulation = {2 * config.train.accumulation}: half as much at once")
+    memory = report["memory"]
+    state = memory["parameters"] + memory["EMA"] + memory["optimiser"]
+    if state + memory["frozen"] > 0.6 * report["bytes_there"]:
+        if report["mesh"]["data"] > 1:
+            out.append("mesh.fsdp larger, mesh.data smaller: parameters in more parts")
+        else:
+            gigabytes = (state + memory["frozen"]) / 1e9
+            out.append(
+                f"more devices: what is held before any activation is {gigabytes:.1f} GB on each; "
+                "or train less of it (configs/lora_2b.py)"
+            )
+    return out

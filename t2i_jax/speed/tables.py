@@ -1,0 +1,67 @@
+"""The report of a compiled step as text."""
+
+from typing import Any
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The tree of `compile.train` in lines that fit a terminal."""
+    mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    there = size(report["bytes_there"])
+    verdict = "fits" if report["fits"] else "does NOT fit"
+    spare = report["bytes_there"] - report["bytes_needed"]
+    lines = [
+        f"{report['config']}, {report['what']}, on {report['topology']}: {verdict}",
+        f"  mesh         {report['devices']} x {report['chip']}: {mesh}",
+        f"  batch        {report['batch_size']} in {report['accumulation']} microbatch(es); "
+        f"remat {report['remat']}",
+        f"  memory       {size(report['bytes_needed'])} of {there} a device, "
+        + (f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"),
+    ]
+    lines += [f"    {name:<14} {size(count):>10}" for name, count in report["memory"].items()]
+    if "problem" in report:
+        lines.append(f"  the compiler says: {report['problem']}")
+    else:
+        lines += _traffic(report) + _work(report)
+        lines.append("  largest arrays")
+        lines += [
+            f"    {size(row['bytes']):>10} {row['type']} x {row['count']}  {row['line']}"
+            for row in report["largest"]
+        ]
+    lines += [f"  try          {text}" for text in report["suggestions"]]
+    seconds = report["seconds"]
+    lines.append(f"  compiled in  {seconds['compile']} s, traced in {seconds['trace']} s")
+    return "\n".join(lines)
+
+
+def _traffic(report: dict[str, Any]) -> list[str]:
+    ratio = report["collective_ratio"]
+    least = sum(report["ideal_bytes"].values())
+    text = f"  collectives  {size(report['collective_bytes'])} received by a device in a step"
+    lines = [text + (f", {ratio:.3f} x what must be ({size(least)})" if ratio else "")]
+    for row in report["collectives"]:
+        how = "asynchronous" if row["asynchronous"] else "synchronous"
+        lines.append(
+            f"    {row['kind']:<18} {row['dtype']:<10} {size(row['bytes']):>10}  {row['count']:>5} "
+            f"over {row['devices']}, {how}"
+        )
+    return lines
+
+
+def _work(report: dict[str, Any]) -> list[str]:
+    lines = [f"  compute      {report['flops_ratio']:.3f} x the model's FLOPs"]
+    model, compiled = report["flops"]["model"], report["flops"]["compiled"]
+    for part in sorted(model.keys() | compiled.keys()):
+        lines.append(
+            f"    {part:<14} {model.get(part, 0) / 1e12:>10.2f} TFLOP of the model, "
+            f"{compiled.get(part, 0) / 1e12:.2f} compiled"
+        )
+    return lines
+
+
+def size(count: float) -> str:
+    """Bytes with a unit: 1.5 GB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
