@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "f64": 8, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|bf16|c64|[fsu]\d+(?:e\d\w*)?)\[([\d,]*)\]")
@@ -143,34 +143,33 @@ class Program:
                 yield instruction, name, times
 
     def collectives(self, devices: int) -> list[Collective]:
-        """Those between several of the `devices`."""
-        out = []
+        """Those between several of the `devices`.
+
+        One that runs inside of other work is there several times, as its start, its steps and its
+        end, of one channel; it counts once.
+        """
+        found: dict[tuple[Any, ...], Collective] = {}
         for instruction, where, times in self.instructions():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            group = _group(instruction.rest, devices)
+            group = _group(instruction.rest, devices) if kind in COLLECTIVES else 1
             if group == 1:
                 continue
-            scattered = where.startswith("all-reduce-scatter")
-            if kind == "all-reduce" and scattered:  # the slice that follows is in the fusion, too
-                kind = "reduce-scatter"
-            asynchronous = instruction.opcode.endswith("-start") or "async" in where
+            if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # the slice that follows is in the fusion, too
             operands = self._operand_arrays(instruction, where)
-            received = _received(kind, operands, instruction.arrays, group)
+            received = _received(kind, operands, group)
+            key = (kind, instruction.attribute("channel_id") or instruction.name, operands)
+            asynchronous = key in found or instruction.opcode.endswith("-start")
             dtypes = tuple(sorted({a.dtype for a in operands}))
-            scope = instruction.scope or self._caller_scope(where)
-            out.append(
-                Collective(kind, times, received * times, dtypes, group, asynchronous, scope)
+            scope = instruction.scope or self._scopes.get(where, "")
+            found[key] = Collective(
+                kind, times, received * times, dtypes, group, asynchronous, scope
             )
-        return out
+        return list(found.values())
 
     def _operand_arrays(self, instruction: Instruction, where: str) -> tuple[Array, ...]:
         body = self.computations[where]
         return tuple(a for name in instruction.operands if name in body for a in body[name].arrays)
-
-    def _caller_scope(self, where: str) -> str:
-        return self._scopes.get(where, "")
 
     @functools.cached_property
     def _scopes(self) -> dict[str, str]:
@@ -192,7 +191,7 @@ class Program:
                 count = _attention_flops(instruction, self._operand_arrays(instruction, where))
             else:
                 continue
-            out[part_of(instruction.scope or self._caller_scope(where))] += count * times
+            out[part_of(instruction.scope or self._scopes.get(where, ""))] += count * times
         return dict(out)
 
     def stacked(self, scope: str, layers: int) -> float:
@@ -249,9 +248,9 @@ def part_of(scope: str) -> str:
     return "other"
 
 
-def _received(kind: str, operands, results, group: int) -> float:
+def _received(kind: str, operands: tuple[Array, ...], group: int) -> float:
     """Bytes that a device receives from others, by the best algorithms on a ring."""
-    given, made = (sum(a.bytes for a in arrays) for arrays in (operands, results))
+    given = sum(a.bytes for a in operands)
     share = (group - 1) / group
     return {
         "all-gather": given * (group - 1),
@@ -259,7 +258,7 @@ def _received(kind: str, operands, results, group: int) -> float:
         "all-reduce": 2 * given * share,
         "all-to-all": given * share,
         "collective-permute": given,
-    }[kind] or made
+    }[kind]
 
 
 def _group(rest: str, devices: int) -> int:
