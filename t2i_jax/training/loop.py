@@ -240,6 +240,7 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
         config.data.text_buckets,
         None if alone else lambda: guard.asked,
     )
+    batches = watch.meter.batches(batches)
     for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
         guard.step(number, batch.arrays)
         current, metrics = parts.train_step(current, parts.pipeline.frozen, batch.arrays, rng)
@@ -248,16 +249,18 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
             watch.settle()
             guard.ready(start)
         if _due(number, config.validation.every, last):
-            with guard.pause("validation"):
+            watch.settle()
+            with guard.pause("validation"), watch.meter.pause("validation"):
                 watch.validate(number, current)
         if _due(number, config.sampling.every, last):
-            with guard.pause("drawing"):
+            watch.settle()
+            with guard.pause("drawing"), watch.meter.pause("drawing"):
                 watch.draw(number, current)
         saved.check()
         stop = guard.asked if alone else watch.asked
         if stop or _due(number, config.checkpoint.every, last):
             watch.settle()  # nothing that is not finite is ever saved
-            with guard.saving():
+            with guard.saving(), watch.meter.pause("checkpoint"):
                 saved.save(number, current, config)
         if stop and number < last:
             watch.leave()

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard.
+"""What a run tells: metrics.jsonl, speed.jsonl, TensorBoard.
 
 A resumed run continues metrics.jsonl as if it had never stopped.
 """
@@ -16,6 +16,7 @@ from t2i_jax import jsonlines
 from t2i_jax.jsonlines import JsonLines
 
 FILE = "metrics.jsonl"
+SPEED = "speed.jsonl"
 
 
 class MetricWriter:
@@ -30,6 +31,7 @@ class MetricWriter:
 
         workdir = epath.Path(workdir)
         self._lines = JsonLines(workdir / FILE, resume_step)
+        self._speed = JsonLines(workdir / SPEED, resume_step)
         self._tensorboard = SummaryWriter(
             os.fspath(workdir / "tensorboard"), purge_step=resume_step + 1
         )
@@ -40,6 +42,12 @@ class MetricWriter:
         self._lines.append({"step": int(step), **values})
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def speed(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of speed.jsonl: what is another number every time does not belong in metrics."""
+        self._speed.append({"step": int(step), **values})
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"speed/{name}", value, step)
 
     def image(
         self, step: int, name: str, image: np.ndarray, path: epath.PathLike | None = None
@@ -59,6 +67,7 @@ class MetricWriter:
     def close(self) -> None:
         """Writes what is pending; a second call does nothing."""
         self._lines.close()
+        self._speed.close()
         self._tensorboard.close()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import math
+import time
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from t2i_jax.errors import UserError
 from t2i_jax.evaluation import pictures
 from t2i_jax.progress import Progress
 from t2i_jax.training import faults, state
+from t2i_jax.training.history import goodput
+from t2i_jax.training.meter import Meter
 from t2i_jax.training.metrics import MetricWriter, read_metrics
 from t2i_jax.training.parts import Parts
 
@@ -28,6 +31,7 @@ class Watch:
 
     Attributes:
       asked: whether a process was asked to stop, the same in all of them after the same step.
+      meter: of the time that steps take.
     """
 
     def __init__(self, parts: Parts, start: int):
@@ -40,6 +44,7 @@ class Watch:
         images = config.train.batch_size
         self._bar = Progress(config.train.steps, start, images, shown=self._main)
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
+        self.meter = Meter(config, parts.mesh.size)
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
         hosts = jax.process_index(), jax.process_count()
         self._faults = faults.FaultLog(parts.workdir, *hosts, start)
@@ -71,9 +76,11 @@ class Watch:
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
             )
         self._count(number, bad_C)
+        self.meter.step()
         config = self._parts.config.train
         if number % config.log_every == 0 or number == config.steps:
             self._write(number, values | self._bad.metrics())
+            self._write_speed(number)
         self._shown["loss"] = values["loss"]
         self._bar.update(number, **self._shown)
 
@@ -145,6 +152,13 @@ class Watch:
     def _write(self, number: int, values: dict[str, float]) -> None:
         if self._main:
             self._writer.scalars(number, values)
+
+    def _write_speed(self, number: int) -> None:
+        line = self.meter.read()
+        if line and self._main:
+            self._writer.speed(
+                number, line | {"goodput": goodput(self._parts.workdir, time.time())}
+            )
 
 
 def validation_sizes(count: int, batch_size: int, shards: int) -> list[int]:

@@ -191,10 +191,22 @@ def test_a_language_model_that_diverges_is_not_kept(tmp_path):
             {"validation__every": 1, "data__validation_size": 7},
             r"data\.validation_size = 7 is less than",
         ),
-        ({"mesh__fsdp": 3}, r"\(1, 3, 1\) does not fit 8 devices"),
+        ({"mesh__fsdp": 3}, r"\(-1, 3, 1\) does not fit 8 devices"),
     ],
 )
 def test_what_does_not_divide_is_said_before_anything_is_made(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         loop.train(tiny.config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_speed_is_written_beside_what_is_learnt(trained):
+    """Of every step but the first, which compiles; pauses are told, and no part of a step."""
+    lines = [json.loads(line) for line in (trained / "speed.jsonl").read_text().splitlines()]
+    learnt = read_metrics(trained)
+    assert [line["step"] for line in lines] == [e["step"] for e in learnt if "loss" in e][1:]
+    for line in lines:
+        assert line["seconds_per_step"] > 0 and 0 <= line["data_wait"] <= 1
+        assert 0 < line["goodput"] < 1 and line["tflops"] > 0
+        assert not {*line} & {"loss", "grad_norm"}
+    assert any("pause_validation" in line for line in lines)

@@ -1,0 +1,98 @@
+"""How fast a run is: <workdir>/speed.jsonl and TensorBoard, beside what it computes.
+
+Every `train.log_every` steps one line, of the steps since the line before. Pauses (validation,
+pictures, waiting for a checkpoint) are no part of a step's time; waiting for data is.
+
+    seconds_per_step, images_per_second
+    tflops       TFLOP/s of a device: the model's FLOPs (speed/flops.py) over the time
+    mfu          the same over the peak of the device in bfloat16, where its kind is known
+    data_wait    the share of the time that the host waited for a batch
+    memory_gb    the most that a device of this host has held so far, where the backend tells
+    pause_<name> seconds of the pauses since the line before
+    goodput      the share of the time since the run's first start that went into steps that count
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from t2i_jax import machines
+from t2i_jax.speed import flops
+
+FILE = "speed.jsonl"
+
+
+class Meter:
+    """Counts the time of the steps after the first, which compiles."""
+
+    def __init__(
+        self, config: ConfigDict, devices: int, clock: Callable[[], float] = time.perf_counter
+    ):
+        latents = config.data.source == "latents"
+        self._flops = sum(flops.train_step(config, latents=latents).values()) / devices
+        self._images, self._clock = config.train.batch_size, clock
+        chip = machines.chip_of(jax.devices()[0].device_kind)
+        self._peak = chip.peak if chip else None
+        self._steps = 0
+        self._begun: float | None = None
+        self._waited = 0.0
+        self._pauses: defaultdict[str, float] = defaultdict(float)
+
+    def batches(self, source: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, the time that each is waited for counted."""
+        iterator = iter(source)
+        while True:
+            start = self._clock()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += self._clock() - start
+            yield batch
+
+    @contextlib.contextmanager
+    def pause(self, name: str) -> Iterator[None]:
+        """Around what is no step."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._pauses[name] += self._clock() - start
+
+    def step(self) -> None:
+        """A step is done; the first one begins the count."""
+        if self._begun is None:
+            self._begin()
+        else:
+            self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The line of the steps since the last one; {} where there are none."""
+        if not self._steps:
+            return {}
+        spent = self._clock() - self._begun
+        seconds = max(spent - sum(self._pauses.values()), 1e-9)
+        per_step = seconds / self._steps
+        line = {
+            "seconds_per_step": per_step,
+            "images_per_second": self._images / per_step,
+            "tflops": self._flops / per_step / 1e12,
+        }
+        if self._peak:
+            line["mfu"] = self._flops / per_step / self._peak
+        line["data_wait"] = self._waited / seconds
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            line["memory_gb"] = stats["peak_bytes_in_use"] / 1e9
+        line |= {f"pause_{name}": took for name, took in sorted(self._pauses.items())}
+        self._begin()
+        return line
+
+    def _begin(self) -> None:
+        self._begun, self._steps, self._waited = self._clock(), 0, 0.0
+        self._pauses.clear()
