@@ -50,11 +50,14 @@ def newest(workdir):
 
 
 def cut_newest(workdir, rng):
-    """The largest file of the newest checkpoint's parameters, at a random byte: its step."""
+    """The data of the newest checkpoint's parameters, every file at a random byte: its step.
+
+    Every file, because not all that is in them is read.
+    """
     step = newest(workdir)
-    files = (workdir / "checkpoints" / str(step) / "params").rglob("*")
-    file = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
-    os.truncate(file, rng.randrange(file.stat().st_size))
+    files = (workdir / "checkpoints" / str(step) / "params").rglob("d/*")
+    for file in sorted(f for f in files if f.is_file() and f.stat().st_size):
+        os.truncate(file, rng.randrange(file.stat().st_size))
     return step
 
 

@@ -188,7 +188,7 @@ def test_an_incomplete_run_is_not_exported(tmp_path, trained):
     for part, message in (
         ("llm", "There are no saved arrays in .*llm"),
         ("checkpoints/4/ema", "There are no saved arrays in .*ema"),
-        ("checkpoints/4/meta", "cannot be read"),
+        ("checkpoints/4/meta", "is damaged"),
     ):
         run = tmp_path / part.replace("/", "_")
         shutil.copytree(trained, run)

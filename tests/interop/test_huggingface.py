@@ -219,7 +219,7 @@ def test_gemma_goes_to_its_shardings(tmp_path, monkeypatch):
     plain = load_llm(tmp_path, LLM_CONFIG, dtype="float32")
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, shardings))
     jax.tree.map(np.testing.assert_array_equal, params, plain)
-    assert params["embed"]["weight"].addressable_shards[0].data.shape == (40, 24 // mesh.size)
+    assert params["embed"]["weight"].addressable_shards[0].data.shape == (40 // mesh.size, 24)
     with pytest.raises(ValueError, match="Shardings of"):
         load_llm(tmp_path, LLM_CONFIG, {"embed": shardings["embed"]})
 
