@@ -33,7 +33,7 @@ def test_a_run_leaves_what_it_promises(trained):
             "loss.png",
             "metrics.jsonl",
         ),
-        *("samples", "tensorboard", "tokenizer"),
+        *("samples", "speed.jsonl", "tensorboard", "tokenizer"),
     }
     assert checkpoint.find(trained)[1] == 4
     assert [p.name for p in (trained / "samples").iterdir()] == ["step_0000004.png"]
