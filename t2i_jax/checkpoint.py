@@ -42,8 +42,6 @@ _FORMATS = (1, FORMAT_VERSION)  # that are read; 1 had no digests
 _PIECE = 64_000_000  # bytes: an array is stored in pieces of about this size, cut between layers
 WEIGHTS = ("ema", "params")
 _ITEMS = ("params", "ema", "optimizer", "meta")
-
-
 _ASIDE = "damaged_checkpoints"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -360,10 +358,3 @@ def load_tree(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree written by `save_tree`, with shapes, dtypes and shardings as in `like`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(epath.Path(path).absolute(), like)
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-    """A tree of `jax.ShapeDtypeStruct` with shardings, for `restore`, `weights` and `load_tree`."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )

@@ -117,21 +117,21 @@ def _meshes(sizes: Mapping[str, int], devices: Sequence[Any]) -> Iterator[Mesh]:
         shape = tuple((sizes | filling).values())
         if shape[0] % slices:
             continue
-        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
         try:
-            if slices == 1:
-                grid = mesh_utils.create_device_mesh(shape, devices)
-            else:
-                grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+            grid = _grid(shape, slices, devices)
         except NotImplementedError:  # not whole axes of the torus
             if len(fillings) > 1:
                 continue
-            split = {"allow_split_physical_axes": True}
-            if slices == 1:
-                grid = mesh_utils.create_device_mesh(shape, devices, **split)
-            else:
-                grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+            grid = _grid(shape, slices, devices, allow_split_physical_axes=True)
         yield Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(shape: tuple[int, ...], slices: int, devices: Sequence[Any], **options) -> np.ndarray:
+    """The devices in this shape, neighbours near each other; the first axis spans slices."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **options)
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
 
 
 def to_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -15,10 +15,10 @@ from absl import app
 import jax
 import numpy as np
 
-from t2i_jax import build, checkpoint, cli, distributed, frozen, sharding
+from t2i_jax import checkpoint, cli, distributed, frozen, sharding
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import UserError
-from t2i_jax.training import optimizer, state
+from t2i_jax.training import program
 
 STEPS = range(3)
 SIZE = 8  # rows of a batch
@@ -63,18 +63,9 @@ def row_digests(config, workdir, mesh):
     return found
 
 
-def abstract(config, mesh):
-    """What the checkpoint of a run is restored as."""
-    boxed = build.abstract_params(config)[0]
-    trained = build.sharded(boxed, mesh)
-    update, _ = optimizer.make(config.optimizer, config.train.steps, boxed)
-    whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-    return checkpoint.abstract(whole, state.shardings(whole, trained, mesh))
-
-
 def state_digests(config, saved, step, mesh):
     """{path: [[slices, digest]]} of the parts of the state on this process's devices."""
-    restored = saved.restore(step, abstract(config, mesh))
+    restored = saved.restore(step, program.abstract_state(config, mesh)[0])
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(restored):
         parts = [(s.index, s.data) for s in x.addressable_shards]

@@ -16,8 +16,8 @@ import time
 import jax
 import pytest
 
-from t2i_jax import build, checkpoint, frozen, sharding
-from t2i_jax.training import optimizer, state
+from t2i_jax import checkpoint, frozen, sharding
+from t2i_jax.training import program
 from t2i_jax.training.history import goodput
 from t2i_jax.training.preemption import EXIT_PREEMPTED
 from tests import tiny
@@ -157,12 +157,8 @@ def last_state(workdir):
         assert saved.steps()[-1] == STEPS and len(saved.steps()) == 2
         config = saved.config(STEPS)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        boxed, boxed_frozen = build.abstract_params(config)
-        trained = build.sharded(boxed, mesh)
-        update, _ = optimizer.make(config.optimizer, STEPS, boxed)
-        whole = jax.eval_shape(lambda p: state.create(p, update), trained)
-        like = checkpoint.abstract(whole, state.shardings(whole, trained, mesh))
-        llm = build.sharded(boxed_frozen["llm"], mesh)
+        like, _, _ = program.abstract_state(config, mesh)
+        llm = program.abstract_frozen(config, mesh)["llm"]
         return saved.restore(STEPS, like), checkpoint.load_tree(frozen.llm_path(workdir), llm)
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from t2i_jax import checkpoint, frozen, sharding
 from t2i_jax.data import loader, sources
+from t2i_jax.training import program
 from t2i_jax.training.metrics import read_metrics
 from tests import member
 from tests.groups import LIMIT, RUN, Group, training
@@ -142,7 +143,7 @@ def test_a_checkpoint_of_two_processes_is_read_bit_by_bit(runs, members, name):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with checkpoint.Checkpoints(runs["two"]) as saved:
         config = saved.config(RUN["train.steps"])
-        whole = saved.restore(RUN["train.steps"], member.abstract(config, mesh))
+        whole = saved.restore(RUN["train.steps"], program.abstract_state(config, mesh)[0])
     leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(whole)}
     split = 0
     for path, x in leaves.items():

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, machines, plan, sharding
-from t2i_jax.speed import flops, hlo
+from t2i_jax import build, flops, machines, plan, sharding
+from t2i_jax.speed import hlo
 from t2i_jax.training import program
 
 Report = dict[str, Any]
@@ -234,7 +234,6 @@ def suggestions(report: Report, config: ConfigDict) -> list[str]:
         else:
             gigabytes = (state + memory["frozen"]) / 1e9
             out.append(
-                f"more devices: what is held before any activation is {gigabytes:.1f} GB on each; "
-                "or train less of it (configs/lora_2b.py)"
+                f"more devices: what is held before any activation is {gigabytes:.1f} GB on each"
             )
     return out

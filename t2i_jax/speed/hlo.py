@@ -119,7 +119,7 @@ class Program:
             condition, body = (instruction.attribute(n).lstrip("%") for n in ("condition", "body"))
             yield body, self._trips(condition)
             return
-        for name in re.findall(r"\b(?:calls|to_apply|async_execution_thread)=%([\w.-]+)", rest):
+        for name in re.findall(r"\b(?:calls|to_apply)=%([\w.-]+)", rest):
             yield name, 1
         if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
             yield from ((name, 1) for name in re.findall(r"%([\w.-]+)", branches[1]))

@@ -4,7 +4,7 @@ Every `train.log_every` steps one line, of the steps since the line before. Paus
 pictures, waiting for a checkpoint) are no part of a step's time; waiting for data is.
 
     seconds_per_step, images_per_second
-    tflops       TFLOP/s of a device: the model's FLOPs (speed/flops.py) over the time
+    tflops       TFLOP/s of a device: the model's FLOPs (flops.py) over the time
     mfu          the same over the peak of the device in bfloat16, where its kind is known
     data_wait    the share of the time that the host waited for a batch
     memory_gb    the most that a device of this host has held so far, where the backend tells
@@ -21,8 +21,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from t2i_jax import machines
-from t2i_jax.speed import flops
+from t2i_jax import flops, machines
 
 FILE = "speed.jsonl"
 

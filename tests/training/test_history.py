@@ -5,16 +5,7 @@ import json
 import pytest
 
 from t2i_jax.training.history import History, goodput
-
-
-class Clock:
-    """Tells the time that it is set to."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture

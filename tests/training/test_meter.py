@@ -2,17 +2,10 @@
 
 import pytest
 
-from t2i_jax.speed import flops
+from t2i_jax import flops
 from t2i_jax.training.meter import Meter
 from tests import tiny
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture

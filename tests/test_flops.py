@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from t2i_jax import build, sharding
-from t2i_jax.speed import flops
+from t2i_jax import build, flops, sharding
 from t2i_jax.training import program
 
 

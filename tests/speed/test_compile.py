@@ -1,0 +1,120 @@
+"""The report on a step, of one that is compiled for the eight devices of the CPU."""
+
+import jax
+import pytest
+
+from t2i_jax import machines, sharding
+from t2i_jax.speed import compile as compiler
+from t2i_jax.speed import tables
+from t2i_jax.training import program
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.config(llm__vocab_size=304, mesh__data=2, mesh__fsdp=4)
+
+
+def report_on(config, monkeypatch):
+    monkeypatch.setattr(machines, "devices", lambda topology: jax.devices())
+    return compiler.train(config, "v5e-4")
+
+
+@pytest.fixture(scope="module")
+def report(config):
+    with pytest.MonkeyPatch.context() as patch:
+        return report_on(config, patch)
+
+
+def test_what_fills_the_memory(report, config):
+    mesh = sharding.make_mesh(**config.mesh)
+    state = program.abstract_state(config, mesh)[0]
+    assert report["fits"] and report["bytes_needed"] < 1e8
+    assert report["memory"]["parameters"] == sharding.bytes_per_device(state.params)
+    assert report["memory"]["EMA"] == report["memory"]["parameters"]
+    assert report["memory"]["optimiser"] == sharding.bytes_per_device(state.opt_state)
+    side, length = config.data.image_size, config.data.max_text_tokens
+    rows = config.train.batch_size // 8
+    assert report["memory"]["batch"] == rows * (side * side * 3 + length * 5)
+    assert all(count >= 0 for count in report["memory"].values())
+
+
+def test_what_must_travel_by_the_formula(config):
+    """Of one trained matrix, one vector, one frozen matrix and the embedding, by hand."""
+    mesh = sharding.make_mesh(2, 4, 1)
+
+    def like(*shape, axes):
+        place = jax.NamedSharding(mesh, sharding.to_spec(axes))
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=place)
+
+    class State:
+        params = {
+            "matrix": like(8, 6, axes=("embed", "mlp")),
+            "vector": like(5, axes=("norm",)),
+        }
+
+    frozen = {
+        "llm": {
+            "embed": {"weight": like(16, 3, axes=("vocab", None))},
+            "blocks": {"weight": like(8, 2, axes=("embed", None))},
+        }
+    }
+    batch = program.abstract_batch(config, mesh)
+    found = compiler.ideal(config, {"state": State, "frozen": frozen, "batch": batch}, mesh)
+    group = config.train.batch_size // 2 * config.data.max_text_tokens  # tokens of four devices
+    assert found == pytest.approx(
+        {
+            "all-gather": 2 * 3 / 4 * 48 * 4 + 3 / 4 * 16 * 4 + 3 / 4 * group * 4,
+            "reduce-scatter": 3 / 4 * 48 * 4 + 3 / 4 * group * 3 * 4,
+            "all-reduce": 2 * 1 / 2 * 48 / 4 * 4 + 2 * 7 / 8 * 5 * 4,
+        }
+    )
+
+
+def test_weights_are_gathered_and_activations_are_not(report):
+    """As often as must be; a CPU's compiler sums whole gradients where a TPU's scatters them."""
+    sizes = {"all-gather": 0.0, "all-to-all": 0.0}
+    for row in report["collectives"]:
+        if row["kind"] in sizes:
+            sizes[row["kind"]] += row["bytes"]
+    assert sizes["all-to-all"] == 0
+    # Muon's products of whole momenta come on top of the weights.
+    assert sizes["all-gather"] >= 0.99 * report["ideal_bytes"]["all-gather"]
+    assert report["flops"]["compiled"]["llm"] == pytest.approx(report["flops"]["model"]["llm"])
+
+
+def test_the_report_as_text(report):
+    text = tables.describe(report)
+    assert "on v5e-4: fits" in text and "data 2 x fsdp 4 x tensor 1" in text
+    for word in ("parameters", "all-gather", "TFLOP of the model", "largest arrays"):
+        assert word in text
+
+
+def test_what_does_not_fit_is_said_with_what_to_do(config, monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 15.75G "
+                "hbm. Exceeded hbm capacity by 17.75G.\n\nTotal hbm usage >= 33.50G:"
+            )
+
+    done = compiler.compile_(Lowered())
+    assert done.program is None and done.needed == 33.5 * 2**30
+    monkeypatch.setattr(compiler, "compile_", lambda lowered: done)
+    report = report_on(config, monkeypatch)
+    assert not report["fits"] and "33.50G of 15.75G" in report["problem"]
+    assert [text.split(" =")[0] for text in report["suggestions"]] == [
+        "dit.remat",
+        "train.accumulation",
+    ]
+    text = tables.describe(report)
+    assert "does NOT fit" in text and "19.06 GB too much" in text and "try " in text
+
+
+def test_other_errors_of_the_compiler_are_raised():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        compiler.compile_(Lowered())
