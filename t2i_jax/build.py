@@ -73,6 +73,18 @@ def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     return trained, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
 
 
+def as_used(boxed: Any) -> Any:
+    """Boxed abstract parameters in the dtypes that they are used in.
+
+    The network computes the same from them, bit for bit: a product casts its matrix first.
+    """
+
+    def one(x):
+        return x.replace(value=jax.ShapeDtypeStruct(x.value.shape, x.used_in or x.value.dtype))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, sharding.Named))
+
+
 def sharded(boxed: Any, mesh: Mesh) -> Any:
     """Boxed abstract parameters -> unboxed abstract ones that carry their shardings."""
     shardings = sharding.param_shardings(boxed, mesh)

@@ -9,35 +9,35 @@ any batch and on any number of devices.
 """
 
 from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 from flax.traverse_util import flatten_dict
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
-from t2i_jax import build, checkpoint, convert, frozen, sharding
+from t2i_jax import build, checkpoint, convert, frozen, sampler, sharding
 from t2i_jax.data.prompts import Prompts
-from t2i_jax.diffusion import sampling, time
+from t2i_jax.diffusion import time
 from t2i_jax.errors import ConfigError, users_files
 from t2i_jax.interop.mapping import materialise
 from t2i_jax.interop.stored import Stored
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.fusion import TextToImageModel
-from t2i_jax.models.memory import TextMemory, concatenate, repeat
 
 
 class Pipeline(NamedTuple):
-    """A model with its weights, tokenizers and autoencoder, ready to draw."""
+    """A model with its weights, tokenizers and autoencoder, ready to draw.
+
+    Weights that the network casts before it uses them are held in the dtype that it casts them to:
+    the same images, in half the memory where the model computes in bfloat16.
+    """
 
     config: ConfigDict
-    model: TextToImageModel
     autoencoder: Autoencoder
     prompts: Prompts
     params: Any  # trained
@@ -58,20 +58,24 @@ class Pipeline(NamedTuple):
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)
             mesh = _mesh_here(config)
+            master = sampler.abstract_params(config, mesh, master=True)
+            # First, while there is room: the masters are twice as large as what is held.
+            params = as_held(saved.weights(step, weights, master), config, mesh)
             prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
-            like = build.sharded(build.abstract_params(config)[0], mesh)
-            params = saved.weights(step, weights, like)
-        model = build.model(config)
-        return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
+        return cls(config, autoencoder, prompts, params, frozen_params, mesh)
 
     @classmethod
     def _of(cls, stored: Stored) -> "Pipeline":
         config, mesh = stored.config, _mesh_here(stored.config)
-        params = trained_params(stored, config, mesh)
+        params = trained_params(stored, config, sampler.abstract_params(config, mesh))
         prompts = frozen.make_prompts(config, stored.tokenizer, stored.clip_tokenizer)
         autoencoder, frozen_params = frozen.place(config, mesh, stored.weights, stored.autoencoder)
-        model = build.model(config)
-        return cls(config, model, autoencoder, prompts, params, frozen_params, mesh)
+        return cls(config, autoencoder, prompts, params, frozen_params, mesh)
+
+    @property
+    def model(self) -> TextToImageModel:
+        """The networks that `params` and `frozen` are of."""
+        return build.model(self.config)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]:
         """Images of one or several prompts; options as of `draw`."""
@@ -123,12 +127,8 @@ class Pipeline(NamedTuple):
                 logging.warning("Only %d tokens are read of %r", self.prompts.length, prompt)
         replicated = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
-            images = _solve(
-                self.model,
-                self.autoencoder,
-                build.clip(c),
-                build.latent_shape(c),
-                guidance == 1,
+            images = sampler.draw(
+                sampler.make(c, self.autoencoder, guided=guidance != 1),
                 {"params": self.params, "frozen": self.frozen},
                 sharding.put(
                     {name: x[:-1] for name, x in text.items()}, sharding.batch_sharding(self.mesh)
@@ -143,14 +143,13 @@ class Pipeline(NamedTuple):
         return np.asarray(gathered)
 
 
-def trained_params(stored: Stored, config: ConfigDict, mesh: Mesh) -> Any:
-    """The trained parameters of a model on disk, float32, sharded.
+def trained_params(stored: Stored, config: ConfigDict, like: Any) -> Any:
+    """The trained parameters of a model on disk, in the dtypes and places of the tree `like`.
 
     Raises ConfigError where they are not those of `config`.
     """
     if not stored.whole:
         raise ConfigError(f"{stored.where} is a part of a model ({', '.join(stored.parts)}).")
-    like = build.sharded(build.abstract_params(config)[0], mesh)
     found = {p: s for p, s in stored.weights.items() if p.split("/")[0] not in frozen.PARTS}
     wanted = {path: x.shape for path, x in flatten_dict(like, sep="/").items()}
     given = {path: source.shape for path, source in found.items()}
@@ -166,7 +165,21 @@ def trained_params(stored: Stored, config: ConfigDict, mesh: Mesh) -> Any:
         some = "; ".join(wrong[:5]) + ("; ..." if wrong[5:] else "")
         raise ConfigError(f"The config and {stored.where} are of different models: {some}.")
     with users_files():
-        return materialise(found, jax.tree.map(lambda x: x.sharding, like), jnp.float32)
+        places = jax.tree.map(lambda x: x.sharding, like)
+        return materialise(found, places, jax.tree.map(lambda x: x.dtype, like))
+
+
+def as_held(params: Any, config: ConfigDict, mesh: Mesh) -> Any:
+    """Checkpointed parameters as drawing holds them; each goes when its copy is there."""
+
+    def one(x, like):
+        if x.dtype == like.dtype:
+            return x
+        held = jax.block_until_ready(x.astype(like.dtype))
+        x.delete()
+        return held
+
+    return jax.tree.map(one, params, sampler.abstract_params(config, mesh))
 
 
 def _mesh_here(config: ConfigDict) -> Mesh:
@@ -175,42 +188,3 @@ def _mesh_here(config: ConfigDict) -> Mesh:
         return sharding.make_mesh(**config.mesh)
     except ConfigError:
         return sharding.make_mesh()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _solve(
-    model,
-    autoencoder,
-    clip,
-    latent_shape,
-    unguided,
-    weights,
-    text,
-    null,
-    index_B,
-    key,
-    sigmas,
-    guidance,
-):
-    """Token ids to uint8 images, one compiled program: memories, Euler's loop, decoding."""
-    trained, fixed = weights["params"], weights["frozen"]
-
-    def encode_text(text) -> TextMemory:
-        llm = {"params": {"llm": fixed["llm"]}}
-        features = model.apply(llm, text["ids"], text["mask"], method="read_text")
-        pooled = clip.apply({"params": fixed["clip"]}, text["clip_ids"]) if clip else None
-        return model.apply({"params": trained}, features, pooled, method="remember")
-
-    def denoise(z, t_B, memory):
-        return model.apply({"params": trained}, z, t_B, memory, method="denoise")
-
-    memory = encode_text(text)
-    null_memory = repeat(encode_text(null), len(index_B))
-    velocity = sampling.guided(
-        denoise, memory, null_memory, 1 if unguided else guidance, concatenate
-    )
-    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent_shape))(index_B)
-    noise = sharding.constrain(noise, "batch", None, None, None)
-    z = sampling.euler(velocity, noise, sigmas)
-    images = autoencoder.decode(fixed["autoencoder"], z)
-    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

@@ -21,6 +21,7 @@ import functools
 import math
 from typing import Any
 
+from flax import struct
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
@@ -55,15 +56,21 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 class Named(nn.Partitioned):
     """A parameter with the logical names of its axes; no mesh is consulted where it is unboxed."""
 
+    used_in: Any = struct.field(default=None, pytree_node=False)  # dtype it is cast to; None: none
+
     def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
 
 
 def with_axes(
-    init: Callable[..., jax.Array], names: tuple[str | None, ...]
+    init: Callable[..., jax.Array], names: tuple[str | None, ...], used_in: Any = None
 ) -> Callable[..., Named]:
-    """An initialiser whose result carries the logical names of its axes."""
-    return lambda *args: Named(init(*args), names)
+    """An initialiser whose result carries the logical names of its axes.
+
+    `used_in` is the dtype that the parameter is cast to before any use, if it is: where it is not
+    trained, it may as well be held in that.
+    """
+    return lambda *args: Named(init(*args), names, used_in=used_in)
 
 
 def make_mesh(data: int = -1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:

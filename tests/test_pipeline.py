@@ -1,11 +1,12 @@
 """From a checkpoint to pictures: what is drawn, and that it does not depend on where."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
-from t2i_jax import sharding
+from t2i_jax import pipeline, sharding
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.diffusion import time
 from t2i_jax.pipeline import Pipeline
@@ -94,6 +95,20 @@ def test_the_instruction_goes_before_prompts_but_not_before_the_empty_one(one):
     for prompt, whole in (("ring", "a red ring"), ("", "")):
         difference = told.draw([prompt], seed=5).astype(int) - one.draw([whole], seed=5)
         assert np.abs(difference).max() <= 1  # the rows are longer: other sums
+
+
+def test_weights_are_held_as_they_are_used(many):
+    """In half the memory, and not a bit of an image is another."""
+    config = many.config.copy_and_resolve_references()
+    config.train.dtype = "bfloat16"
+    held = pipeline.as_held(jax.tree.map(jnp.copy, many.params), config, many.mesh)
+    mlp, norm = held["dit"]["blocks"]["mlp"], held["dit"]["blocks"]["mlp_norm"]
+    assert mlp["up"]["weight"].dtype == jnp.bfloat16
+    assert norm["weight"].dtype == jnp.float32
+    size = sharding.bytes_per_device
+    assert 2 * size(mlp) == size(many.params["dit"]["blocks"]["mlp"])
+    master, small = (many._replace(config=config, params=p) for p in (many.params, held))
+    np.testing.assert_array_equal(small.draw(PROMPTS, seed=5), master.draw(PROMPTS, seed=5))
 
 
 def test_the_average_is_the_default(trained, many):

@@ -116,20 +116,24 @@ def sources(
 
 
 def materialise(found: Mapping[str, Source], shardings: Any, dtype: Any) -> dict[str, Any]:
-    """A nested dict of parameters, each put where `shardings` says.
+    """A nested dict of parameters, each put where `shardings` says, in the dtype that `dtype` says.
 
-    `shardings` is a tree like the result, one for all, or None: the first device.
+    Either is a nested dict like the result, or one for all; the sharding None is the first device.
     """
-    if isinstance(shardings, jax.sharding.Sharding):
-        places = dict.fromkeys(found, shardings)
-    else:
-        places = flatten_dict(shardings, sep="/") if shardings is not None else {}
-    if places and places.keys() != found.keys():
-        raise ValueError(f"Shardings of {sorted(places)} for parameters {sorted(found)}.")
+    places, dtypes = _by_path(shardings, found), _by_path(dtype, found)
     params = {}
     for ours, source in found.items():
-        params[ours] = _put(_whole(source, jnp.dtype(dtype)), places.get(ours))
+        params[ours] = _put(_whole(source, jnp.dtype(dtypes[ours])), places[ours])
     return unflatten_dict(params, sep="/")
+
+
+def _by_path(value: Any, found: Collection[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(found, value)
+    flat = flatten_dict(value, sep="/")
+    if flat.keys() != set(found):
+        raise ValueError(f"What is given for {sorted(flat)} is for parameters {sorted(found)}.")
+    return flat
 
 
 def _whole(source: Source, dtype: np.dtype) -> np.ndarray:

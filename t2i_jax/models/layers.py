@@ -58,7 +58,7 @@ class Einsum(nn.Module):
         in_axis = tuple(range(contracted))
         out_axis = tuple(range(contracted, len(self.shape)))
         init = self.init(in_axis=in_axis, out_axis=out_axis)
-        weight = self.param("weight", with_axes(init, self.axes), self.shape)
+        weight = self.param("weight", with_axes(init, self.axes, self.dtype), self.shape)
         inputs, outputs = self.shape[:contracted], self.shape[contracted:]
         matrix = weight.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
         rows = x.shape[: x.ndim - contracted]

@@ -167,7 +167,9 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     current = saved.restore_newest(programs.state)
     if current is None:
         if config.weights.start:
-            params = trained_params(convert.open_model(config.weights.start), config, mesh)
+            params = trained_params(
+                convert.open_model(config.weights.start), config, programs.state.params
+            )
         else:
             params = init_part(config, mesh, state.Stream.INIT, tuple(programs.state.params))
         current = programs.create(params)
@@ -185,9 +187,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         config,
         workdir,
         mesh,
-        Pipeline(
-            config, build.model(config), autoencoder, prompts, current.ema, frozen_params, mesh
-        ),
+        Pipeline(config, autoencoder, prompts, current.ema, frozen_params, mesh),
         train_loader,
         validation_source,
         tuple(Fault(-1, -1, _bytes(*lost), _LOST, lost[1].reason) for lost in train_source.damage),

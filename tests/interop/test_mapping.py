@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import numpy as np
 import pytest
@@ -52,6 +52,12 @@ def test_a_published_model_is_written_as_it_was(folder, file):
     tensors = safetensors.open_tensors(files)
     again = mapping.materialise(mapping.sources(folder, tensors, shapes, rules), None, "float32")
     tiny.equal(flatten_dict(again, sep="/"), ours)
+    dtypes = {path: "bfloat16" if x.ndim > 1 else "float32" for path, x in ours.items()}
+    found = mapping.sources(folder, tensors, shapes, rules)
+    mixed = mapping.materialise(found, None, unflatten_dict(dtypes, sep="/"))
+    assert {p: x.dtype.name for p, x in flatten_dict(mixed, sep="/").items()} == dtypes
+    with pytest.raises(ValueError, match="is for parameters"):
+        mapping.materialise(found, None, {"other": "float32"})
 
 
 def entry(name, x):
