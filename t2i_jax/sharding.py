@@ -208,23 +208,27 @@ def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """table[ids]: (B, T, D), of a table with its axis 'vocab' sharded; the rows travel, not it.
 
     Every device looks up the ids of its 'fsdp' group in its own rows, and the sum over the group,
-    of which one term is not zero, leaves each with its part of the batch: exact in any dtype.
+    of which one term is not zero, leaves each with its part of the batch: exact in any dtype. Where
+    the batch is not one that is split, as a single prompt, every device gets all rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     batch, vocab = RULES["batch"], RULES["vocab"]
     whole = mesh.empty or mesh.size == 1
-    if whole or table_VD.shape[0] % _shards(vocab, mesh) or ids_BT.shape[0] % _shards(batch, mesh):
+    if whole or table_VD.shape[0] % _shards(vocab, mesh):
         return jnp.take(table_VD, ids_BT, axis=0)
+    split = ids_BT.shape[0] % _shards(batch, mesh) == 0
 
     def own_rows(table, ids):
-        ids = jax.lax.all_gather(ids, "fsdp", tiled=True)
+        ids = jax.lax.all_gather(ids, "fsdp", tiled=True) if split else ids
         rows = ids - jax.lax.axis_index(vocab) * table.shape[0]
         own = (rows >= 0) & (rows < table.shape[0])
         found = jnp.where(own[..., None], jnp.take(table, jnp.where(own, rows, 0), axis=0), 0)
+        if not split:
+            return jax.lax.psum(found, vocab)
         return jax.lax.psum(jax.lax.psum_scatter(found, "fsdp", tiled=True), "tensor")
 
-    specs = (PartitionSpec(vocab, None), PartitionSpec(batch, None))
-    return jax.shard_map(own_rows, in_specs=specs, out_specs=PartitionSpec(batch, None, None))(
+    rows = PartitionSpec(batch if split else None)
+    return jax.shard_map(own_rows, in_specs=(PartitionSpec(vocab), rows), out_specs=rows)(
         table_VD, ids_BT
     )
 

@@ -1,22 +1,25 @@
-"""Compiles the training step for TPUs that are not there, and tells what it would do on them.
+"""Compiles what a run does for TPUs that are not there, and tells what it would do on them.
 
 libtpu holds the compiler that a TPU machine uses; here it compiles the very functions that
-launch/train.py runs (training/program.py) for abstract devices. What is told: whether it fits, what
-fills the memory, what travels between devices beside what must, and how much is computed beside
-what the model needs.
+launch/train.py and launch/sample.py run (training/program.py, sampler.py) for abstract devices.
+What is told: whether it fits, what fills the memory, what travels between devices beside what must,
+and how much is computed beside what the model needs.
 
 What must travel, to one device of F shards and D replicas of them, for a sharded parameter of b
-bytes in the dtype that it is used in:
+bytes in the dtype that it is used in: in a training step,
 
     trained   (F - 1) / F x b       gathered for the forward pass, again for the backward pass,
               (F - 1) / F x b       its gradient scattered, and summed over replicas:
               2 (D - 1) / D x b / F
     frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch
 
-and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient.
+and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient. To
+draw, the DiT is gathered at every step, and what is frozen once for the prompts and once for the
+null prompt.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 import math
 import re
 import time
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, flops, machines, plan, sharding
+from t2i_jax import build, flops, machines, plan, sampler, sharding
 from t2i_jax.speed import hlo
 from t2i_jax.training import program
 
@@ -51,9 +54,7 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
     With `latents` the batch is one of stored latents. Raises ConfigError for a topology or mesh
     that cannot be.
     """
-    machine = machines.parse(topology)
-    devices = machines.devices(machine)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    machine, mesh = _machine(config, topology)
     plan.check_batch(config, mesh)
     programs = program.make(config, mesh, build.make_autoencoder(config))
     arguments = {
@@ -62,43 +63,109 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
         "batch": program.abstract_batch(config, mesh, latents=latents),
         "key": program.abstract_key(mesh),
     }
-    chip = machines.CHIPS[machine.chip]
-    with jax.set_mesh(mesh):
-        start = time.perf_counter()
-        lowered = programs.train_step.lower(*arguments.values())
-        traced = time.perf_counter() - start
-        done = compile_(lowered)
-    model = flops.train_step(config, latents=latents)
-    report = {
-        "config": config.name,
-        "what": "train",
-        "topology": topology,
-        "devices": len(devices),
-        "chip": machine.chip,
-        "mesh": dict(mesh.shape),
+    how = {
         "batch_size": config.train.batch_size,
         "accumulation": config.train.accumulation,
         "remat": config.dit.remat,
+    }
+    return _report(
+        Job("train", config, topology, machine, mesh, how),
+        lambda: programs.train_step.lower(*arguments.values()),
+        held(arguments),
+        ideal(config, arguments, mesh),
+        flops.train_step(config, latents=latents),
+    )
+
+
+def sample(config: ConfigDict, topology: str) -> Report:
+    """The report on drawing one batch, prompts to pixels, by the sampling section of `config`.
+
+    `sampling.batch_size` images at once, all devices together, made a multiple of the devices.
+    """
+    machine, mesh = _machine(config, topology)
+    shards = sharding.batch_shards(mesh)
+    batch, steps = -(-config.sampling.batch_size // shards) * shards, config.sampling.steps
+    guided = config.sampling.guidance != 1
+    sampler_ = sampler.make(config, build.make_autoencoder(config), guided=guided)
+    arguments = sampler.abstract_arguments(config, mesh, batch, steps)
+    weights, text = arguments["weights"], arguments["text"]
+    must = Counter(_frozen_traffic(weights["frozen"], text, mesh))
+    if guided:
+        must.update(_frozen_traffic(weights["frozen"], arguments["null"], mesh))
+    for name, part in weights["params"].items():
+        must["all-gather"] += _gathered(part, mesh) * (steps if name == "dit" else 1 + guided)
+    memory = {
+        "parameters": sharding.bytes_per_device(weights["params"]),
+        "frozen": sharding.bytes_per_device(weights["frozen"]),
+        "batch": sharding.bytes_per_device(text),
+    }
+    return _report(
+        Job("sample", config, topology, machine, mesh, {"batch_size": batch, "steps": steps}),
+        lambda: sampler.draw.lower(sampler_, *arguments.values()),
+        memory,
+        dict(must),
+        flops.sample(config, batch, steps, guided=guided),
+    )
+
+
+class Job(NamedTuple):
+    """What is compiled, and for what."""
+
+    what: str  # 'train' | 'sample'
+    config: ConfigDict
+    topology: str
+    machine: machines.Topology
+    mesh: Mesh
+    how: dict[str, Any]  # batch and other sizes, as the report has them
+
+
+def _machine(config: ConfigDict, topology: str) -> tuple[machines.Topology, Mesh]:
+    machine = machines.parse(topology)
+    return machine, sharding.make_mesh(**config.mesh, devices=machines.devices(machine))
+
+
+def _report(
+    job: Job,
+    lower: Callable[[], Any],
+    memory: dict[str, int],
+    must: dict[str, float],
+    model: dict[str, float],
+) -> Report:
+    """Lowers, compiles and reads; `memory` is what the arguments hold, `must` what must travel."""
+    chip, devices = machines.CHIPS[job.machine.chip], job.mesh.size
+    with jax.set_mesh(job.mesh):
+        start = time.perf_counter()
+        lowered = lower()
+        traced = time.perf_counter() - start
+        done = compile_(lowered)
+    report = {
+        "config": job.config.name,
+        "what": job.what,
+        "topology": job.topology,
+        "devices": devices,
+        "chip": job.machine.chip,
+        "mesh": dict(job.mesh.shape),
+        **job.how,
         "seconds": {"trace": round(traced, 1), "compile": round(done.seconds, 1)},
         "fits": done.program is not None and done.needed <= chip.memory,
         "bytes_needed": done.needed,
         "bytes_there": chip.memory,
-        "model_flops_a_device": sum(model.values()) / len(devices),
+        "model_flops_a_device": sum(model.values()) / devices,
     }
     if done.program is None:
-        report |= {"problem": done.problem, "memory": held(arguments)}
+        report |= {"problem": done.problem, "memory": memory}
     else:
         parsed = hlo.Program(done.program.as_text())
         report |= {
-            "memory": held(arguments) | temporaries(done.program, parsed, config),
-            **traffic(parsed, ideal(config, arguments, mesh), len(devices)),
-            **work(parsed, model, len(devices)),
+            "memory": memory | temporaries(done.program, parsed, job.config),
+            **traffic(parsed, must, devices),
+            **work(parsed, model, devices),
             "largest": [
                 {"bytes": a.bytes, "type": f"{a.dtype}{list(a.shape)}", "count": n, "line": line}
                 for a, n, line in parsed.largest(_SHOWN)
             ],
         }
-    return report | {"suggestions": suggestions(report, config)}
+    return report | {"suggestions": suggestions(report, job.config)}
 
 
 def compile_(lowered: Any) -> Compiled:
@@ -153,11 +220,11 @@ def temporaries(compiled: Any, parsed: hlo.Program, config: ConfigDict) -> dict[
 
 
 def ideal(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Bytes that a device must receive in a step, by kind, as the module's head has it."""
+    """Bytes that a device must receive in a training step, by kind, as the module's head has it."""
     shards, replicas = mesh.shape["fsdp"], mesh.shape["data"]
     width = jnp.dtype(config.train.dtype).itemsize
     part = (shards - 1) / shards
-    out = defaultdict(float)
+    out = Counter(_frozen_traffic(arguments["frozen"], arguments["batch"], mesh))
     for x in jax.tree.leaves(arguments["state"].params):
         held_ = math.prod(x.sharding.shard_shape(x.shape))
         if _sharded(x):
@@ -167,15 +234,27 @@ def ideal(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dict[str
         else:
             count = shards * replicas
             out["all-reduce"] += 2 * (count - 1) / count * x.size * x.dtype.itemsize
-    for path, x in jax.tree.leaves_with_path(arguments["frozen"]):
-        if "embed" in jax.tree_util.keystr(path):
-            ids = arguments["batch"]["clip_ids" if "clip" in str(path[0]) else "ids"]
-            rows = math.prod(ids.sharding.shard_shape(ids.shape)) * shards
-            out["reduce-scatter"] += part * rows * x.shape[-1] * x.dtype.itemsize
-            out["all-gather"] += part * rows * ids.dtype.itemsize
-        elif _sharded(x):
-            held_ = math.prod(x.sharding.shard_shape(x.shape))
-            out["all-gather"] += part * held_ * shards * x.dtype.itemsize
+    return dict(out)
+
+
+def _gathered(tree: Any, mesh: Mesh) -> float:
+    """Bytes that a device receives where every sharded array of a tree is gathered once."""
+    leaves = [x for x in jax.tree.leaves(tree) if _sharded(x)]
+    return (mesh.shape["fsdp"] - 1) * sharding.bytes_per_device(leaves)
+
+
+def _frozen_traffic(frozen: dict[str, Any], words: dict[str, Any], mesh: Mesh) -> dict[str, float]:
+    """Bytes that a device receives where what is frozen reads `words` once, by kind."""
+    shards, out = mesh.shape["fsdp"], defaultdict(float)
+    part = (shards - 1) / shards
+    for path, x in jax.tree.leaves_with_path(frozen):
+        if "embed" not in jax.tree_util.keystr(path):
+            out["all-gather"] += _gathered(x, mesh)
+            continue
+        ids = words["clip_ids" if "clip" in str(path[0]) else "ids"]
+        rows = math.prod(ids.sharding.shard_shape(ids.shape)) * shards
+        out["reduce-scatter"] += part * rows * x.shape[-1] * x.dtype.itemsize
+        out["all-gather"] += part * rows * ids.dtype.itemsize
     return dict(out)
 
 
@@ -217,23 +296,35 @@ def suggestions(report: Report, config: ConfigDict) -> list[str]:
     """What to change where it does not fit; the cheapest first."""
     if report["fits"]:
         return []
+    shards = report["mesh"]["data"] * report["mesh"]["fsdp"]
+    if report["what"] == "sample":
+        out = _smaller_batch(report["batch_size"] // shards, "sampling.batch_size", shards)
+        if not config.autoencoder.tile:
+            out.append("autoencoder.tile = 32: images are decoded in parts")
+    else:
+        out = _smaller_step(report, config, shards)
+    memory = report["memory"]
+    held_ = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser", "frozen"))
+    if held_ > 0.6 * report["bytes_there"]:
+        if report["mesh"]["data"] > 1:
+            out.append("mesh.fsdp larger, mesh.data smaller: parameters in more parts")
+        else:
+            out.append(
+                f"more devices: what is held before any activation is {held_ / 1e9:.1f} GB on each"
+            )
+    return out
+
+
+def _smaller_step(report: Report, config: ConfigDict, shards: int) -> list[str]:
     out = []
     order = ["none", "products", "outputs", "full"]
     now = config.dit.remat
     if now in order[:-1]:
         out.append(f"dit.remat = {order[order.index(now) + 1]!r}: keep less for the backward pass")
-    shards = report["mesh"]["data"] * report["mesh"]["fsdp"]
-    rows = config.train.batch_size // (shards * config.train.accumulation)
-    if rows > 1:
+    if config.train.batch_size // (shards * config.train.accumulation) > 1:
         out.append(f"train.accumulation = {2 * config.train.accumulation}: half as much at once")
-    memory = report["memory"]
-    state = memory["parameters"] + memory["EMA"] + memory["optimiser"]
-    if state + memory["frozen"] > 0.6 * report["bytes_there"]:
-        if report["mesh"]["data"] > 1:
-            out.append("mesh.fsdp larger, mesh.data smaller: parameters in more parts")
-        else:
-            gigabytes = (state + memory["frozen"]) / 1e9
-            out.append(
-                f"more devices: what is held before any activation is {gigabytes:.1f} GB on each"
-            )
     return out
+
+
+def _smaller_batch(rows: int, key: str, shards: int) -> list[str]:
+    return [f"{key} = {rows // 2 * shards}: half as much at once"] if rows > 1 else []

@@ -12,8 +12,7 @@ def describe(report: dict[str, Any]) -> str:
     lines = [
         f"{report['config']}, {report['what']}, on {report['topology']}: {verdict}",
         f"  mesh         {report['devices']} x {report['chip']}: {mesh}",
-        f"  batch        {report['batch_size']} in {report['accumulation']} microbatch(es); "
-        f"remat {report['remat']}",
+        f"  batch        {_how(report)}",
         f"  memory       {size(report['bytes_needed'])} of {there} a device, "
         + (f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"),
     ]
@@ -31,6 +30,13 @@ def describe(report: dict[str, Any]) -> str:
     seconds = report["seconds"]
     lines.append(f"  compiled in  {seconds['compile']} s, traced in {seconds['trace']} s")
     return "\n".join(lines)
+
+
+def _how(report: dict[str, Any]) -> str:
+    if report["what"] == "sample":
+        return f"{report['batch_size']} images in {report['steps']} steps"
+    microbatches = f"{report['accumulation']} microbatch(es)"
+    return f"{report['batch_size']} in {microbatches}; remat {report['remat']}"
 
 
 def _traffic(report: dict[str, Any]) -> list[str]:
