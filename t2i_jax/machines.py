@@ -106,6 +106,7 @@ def devices(topology: Topology) -> list[Any]:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several compilers may run on one machine
     )
     xla_flags.apply(os.environ, topology.chip)
+    xla_flags.shorten(os.environ)
     import jax
     from jax.experimental import topologies
 

@@ -72,6 +72,19 @@ def apply(environ: MutableMapping[str, str], chip: str | None = None) -> None:
     environ[VARIABLE] = " ".join([*ours, *given.split()])
 
 
+# Where a program is compiled to be looked at and not to run: the compiler tries tiles for each
+# convolution until one promises this share of what the chip can do. Half as long as libtpu's own
+# choice for the autoencoder; memory and collectives are the same.
+_SHORT = Flag("xla_jf_convolution_performance_target", "0.5", _CHIPS.values(), "compile time")
+
+
+def shorten(environ: MutableMapping[str, str]) -> None:
+    """Puts the flag for programs that will not run into environ's LIBTPU_INIT_ARGS, if unset."""
+    given = environ.get(VARIABLE, "")
+    if _SHORT.name not in given:
+        environ[VARIABLE] = f"{given} --{_SHORT.name}={_SHORT.value}".strip()
+
+
 def detect(devices: str = "/sys/bus/pci/devices") -> str | None:
     """The kind of TPU chip in this machine, one of CHIPS; None without one."""
     for vendor in sorted(Path(devices).glob("*/vendor")):

@@ -19,20 +19,23 @@ null prompt.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 import math
 import re
 import time
 from typing import Any, NamedTuple
 
+from flax.core import meta
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, flops, machines, plan, sampler, sharding
+from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.speed import hlo
-from t2i_jax.training import program
+from t2i_jax.training import program, step
 
 Report = dict[str, Any]
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -45,7 +48,14 @@ class Compiled(NamedTuple):
     seconds: float
     program: Any  # jax.stages.Compiled, or None where it does not fit
     needed: float  # bytes of HBM; where it does not fit, what the compiler says
-    problem: str
+    problem: str  # '' where it fits
+
+    @property
+    def temporary(self) -> float:
+        """Bytes of HBM beside what the program is given."""
+        if self.program is None:
+            return self.needed
+        return self.needed - self.program.memory_analysis().argument_size_in_bytes
 
 
 def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report:
@@ -56,13 +66,18 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
     """
     machine, mesh = _machine(config, topology)
     plan.check_batch(config, mesh)
-    programs = program.make(config, mesh, build.make_autoencoder(config))
-    arguments = {
-        "state": programs.state,
-        "frozen": program.abstract_frozen(config, mesh),
-        "batch": program.abstract_batch(config, mesh, latents=latents),
-        "key": program.abstract_key(mesh),
-    }
+    autoencoder = build.make_autoencoder(config)
+    programs = program.make(config, mesh, autoencoder)
+    fixed = program.abstract_frozen(config, mesh)
+    batch = program.abstract_batch(config, mesh, latents=latents)
+    with jax.set_mesh(mesh):
+        taken = program.abstract_encoded(programs, fixed, batch)
+    key = program.abstract_key(mesh)
+    arguments = {"state": programs.state, "frozen": fixed, "batch": taken, "key": key}
+    encoder = None
+    if taken.keys() != batch.keys():
+        parts, dtype = config.train.accumulation, config.train.frozen_dtype
+        encoder = _encoder(autoencoder, dtype, parts, batch["image"].shape, mesh)
     how = {
         "batch_size": config.train.batch_size,
         "accumulation": config.train.accumulation,
@@ -74,7 +89,26 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
         held(arguments),
         ideal(config, arguments, mesh),
         flops.train_step(config, latents=latents),
+        encoder,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _encoder(
+    autoencoder: Autoencoder, dtype: str, parts: int, shape: tuple[int, ...], mesh: Mesh
+) -> Compiled:
+    """The program that encodes images of this shape; the same for many configs."""
+
+    def like(array_shape, dtype, place):
+        return jax.ShapeDtypeStruct(array_shape, dtype, sharding=place)
+
+    place, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    weights = jax.tree.map(
+        lambda x: like(x.shape, dtype, whole), jax.eval_shape(autoencoder.init, jax.random.key(0))
+    )
+    encode = jax.jit(step.make_encode(autoencoder, parts), out_shardings=place)
+    with jax.set_mesh(mesh):
+        return compile_(encode.lower(meta.unbox(weights), like(shape, jnp.uint8, place)))
 
 
 def sample(config: ConfigDict, topology: str) -> Report:
@@ -130,14 +164,22 @@ def _report(
     memory: dict[str, int],
     must: dict[str, float],
     model: dict[str, float],
+    encoder: Compiled | None = None,
 ) -> Report:
-    """Lowers, compiles and reads; `memory` is what the arguments hold, `must` what must travel."""
+    """Lowers, compiles and reads.
+
+    `memory` is what the arguments hold, `must` what must travel, `encoder` what runs before.
+    """
     chip, devices = machines.CHIPS[job.machine.chip], job.mesh.size
     with jax.set_mesh(job.mesh):
         start = time.perf_counter()
         lowered = lower()
         traced = time.perf_counter() - start
         done = compile_(lowered)
+    runs = [done, encoder] if encoder else [done]
+    needed, problem = done.needed, "".join(run.problem for run in runs)
+    if encoder:
+        needed = max(needed, sum(memory.values()) + encoder.temporary)
     report = {
         "config": job.config.name,
         "what": job.what,
@@ -146,25 +188,31 @@ def _report(
         "chip": job.machine.chip,
         "mesh": dict(job.mesh.shape),
         **job.how,
-        "seconds": {"trace": round(traced, 1), "compile": round(done.seconds, 1)},
-        "fits": done.program is not None and done.needed <= chip.memory,
-        "bytes_needed": done.needed,
+        "seconds": {
+            "trace": round(traced, 1),
+            "compile": round(done.seconds, 1),
+            "compile encoder": round(encoder.seconds, 1) if encoder else 0,
+        },
+        "fits": not problem and needed <= chip.memory,
+        "bytes_needed": needed,
         "bytes_there": chip.memory,
         "model_flops_a_device": sum(model.values()) / devices,
     }
-    if done.program is None:
-        report |= {"problem": done.problem, "memory": memory}
+    if problem:
+        report |= {"problem": problem, "memory": memory}
     else:
-        parsed = hlo.Program(done.program.as_text())
+        parsed, *others = (hlo.Program(run.program.as_text()) for run in runs)
         report |= {
             "memory": memory | temporaries(done.program, parsed, job.config),
-            **traffic(parsed, must, devices),
-            **work(parsed, model, devices),
+            **traffic([parsed, *others], must, devices),
+            **work([parsed, *others], model, devices),
             "largest": [
                 {"bytes": a.bytes, "type": f"{a.dtype}{list(a.shape)}", "count": n, "line": line}
                 for a, n, line in parsed.largest(_SHOWN)
             ],
         }
+        if encoder:
+            report["memory"]["temporaries of the encoder"] = encoder.temporary
     return report | {"suggestions": suggestions(report, job.config)}
 
 
@@ -262,10 +310,10 @@ def _sharded(x: Any) -> bool:
     return any("fsdp" in (e if isinstance(e, tuple) else (e,)) for e in x.sharding.spec)
 
 
-def traffic(parsed: hlo.Program, must: dict[str, float], devices: int) -> Report:
+def traffic(runs: Sequence[hlo.Program], must: dict[str, float], devices: int) -> Report:
     """What travels, by kind, dtype and group; and beside it what must."""
     rows: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0, 0.0])
-    for c in parsed.collectives(devices):
+    for c in (c for run in runs for c in run.collectives(devices)):
         row = rows[c.kind, "+".join(c.dtypes), c.group, c.asynchronous]
         row[0] += c.count
         row[1] += c.bytes
@@ -283,11 +331,13 @@ def traffic(parsed: hlo.Program, must: dict[str, float], devices: int) -> Report
     }
 
 
-def work(parsed: hlo.Program, model: dict[str, float], devices: int) -> Report:
-    """FLOPs of the compiled step, of all devices, beside those of the model."""
-    found = {part: count * devices for part, count in parsed.flops().items()}
+def work(runs: Sequence[hlo.Program], model: dict[str, float], devices: int) -> Report:
+    """FLOPs of the compiled programs, of all devices, beside those of the model."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        found.update({part: count * devices for part, count in run.flops().items()})
     return {
-        "flops": {"model": model, "compiled": found},
+        "flops": {"model": model, "compiled": dict(found)},
         "flops_ratio": sum(found.values()) / sum(model.values()),
     }
 

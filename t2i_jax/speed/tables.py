@@ -16,7 +16,7 @@ def describe(report: dict[str, Any]) -> str:
         f"  memory       {size(report['bytes_needed'])} of {there} a device, "
         + (f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"),
     ]
-    lines += [f"    {name:<14} {size(count):>10}" for name, count in report["memory"].items()]
+    lines += [f"    {name:<26} {size(count):>10}" for name, count in report["memory"].items()]
     if "problem" in report:
         lines.append(f"  the compiler says: {report['problem']}")
     else:
@@ -28,7 +28,10 @@ def describe(report: dict[str, Any]) -> str:
         ]
     lines += [f"  try          {text}" for text in report["suggestions"]]
     seconds = report["seconds"]
-    lines.append(f"  compiled in  {seconds['compile']} s, traced in {seconds['trace']} s")
+    text = f"  compiled in  {seconds['compile']} s, traced in {seconds['trace']} s"
+    if seconds["compile encoder"]:
+        text += f"; the encoder in {seconds['compile encoder']} s"
+    lines.append(text)
     return "\n".join(lines)
 
 

@@ -192,8 +192,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
         validation_source,
         tuple(Fault(-1, -1, _bytes(*lost), _LOST, lost[1].reason) for lost in train_source.damage),
         current,
-        programs.train_step,
-        programs.validate,
+        programs,
     )
 
 
@@ -227,6 +226,7 @@ def _check_loader(train_loader: loader.Loader, config: ConfigDict, samples: int)
 def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.TrainState:
     """Steps from the state's step to the last one; the step just dispatched is never waited for."""
     config, mesh, current = parts.config, parts.mesh, parts.state
+    programs, fixed = parts.programs, parts.pipeline.frozen
     start, last = int(current.step), config.train.steps
     if start:
         _say(f"resumed at step {start} of {last}")
@@ -243,7 +243,8 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
     batches = watch.meter.batches(batches)
     for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
         guard.step(number, batch.arrays)
-        current, metrics = parts.train_step(current, parts.pipeline.frozen, batch.arrays, rng)
+        arrays = programs.encoded(fixed, batch.arrays)
+        current, metrics = programs.train_step(current, fixed, arrays, rng)
         watch.dispatched(number, metrics, batch.faults)
         if number == start + 1:
             watch.settle()

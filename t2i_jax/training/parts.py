@@ -1,6 +1,6 @@
 """Everything that a run is made of."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from t2i_jax.data import loader, sources
 from t2i_jax.data.samples import Fault
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import state
+from t2i_jax.training import program, state
 
 
 class Parts(NamedTuple):
@@ -23,5 +23,4 @@ class Parts(NamedTuple):
     validation_source: sources.Source
     damage: tuple[Fault, ...]  # of the files that the data is in
     state: state.TrainState
-    train_step: Any  # jitted
-    validate: Any  # jitted
+    programs: program.Program

@@ -1,5 +1,8 @@
 """The programs of a run: what is compiled, for which arrays, and where these live.
 
+The autoencoder is a program of its own: its convolutions take a compiler longer than all the rest,
+and they do not change when the model does.
+
 Nothing here touches a device, so the same programs can be compiled for a machine that is not there
 (speed/compile.py).
 """
@@ -12,17 +15,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, sharding
-from t2i_jax.models.autoencoder import Autoencoder
+from t2i_jax.models.autoencoder import Autoencoder, Identity
 from t2i_jax.training import optimizer, state, step
 
 
 class Program(NamedTuple):
     """Jitted functions; to be called, or lowered, while the mesh is set."""
 
+    encode: Any  # (autoencoder's params, images) -> moments; None where latents are pixels
     state: state.TrainState  # abstract, with its shardings
     create: Any  # trained parameters -> the state before the first step
     train_step: Any  # (state, frozen, batch, key) -> (state, metrics); donates the state
     validate: Any  # (params, frozen, batch, key) -> loss (len(validation.timesteps),)
+
+    def encoded(self, frozen: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as steps and validation take it: with the moments of its images."""
+        if self.encode is None or "image" not in batch:
+            return batch
+        rest = {name: x for name, x in batch.items() if name != "image"}
+        return rest | {"moments": self.encode(frozen["autoencoder"], batch["image"])}
 
 
 def make(config: ConfigDict, mesh: Mesh, autoencoder: Autoencoder) -> Program:
@@ -35,7 +46,10 @@ def make(config: ConfigDict, mesh: Mesh, autoencoder: Autoencoder) -> Program:
         objective, update, rate, accumulation=config.train.accumulation, ema=config.ema
     )
     validate = step.make_validation(objective, tuple(config.validation.timesteps))
+    pixels = isinstance(autoencoder.net, Identity)
+    encode = step.make_encode(autoencoder, config.train.accumulation)
     return Program(
+        None if pixels else jax.jit(encode, out_shardings=sharding.batch_sharding(mesh)),
         whole,
         jax.jit(lambda params: state.create(params, update), out_shardings=places),
         jax.jit(train_step, donate_argnums=0, out_shardings=(places, everywhere)),
@@ -59,8 +73,10 @@ def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     return {name: build.sharded(part, mesh) for name, part in boxed.items()}
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh, *, latents: bool = False) -> dict[str, Any]:
-    """A global batch of square images, or of stored `latents`."""
+def abstract_batch(
+    config: ConfigDict, mesh: Mesh, *, latents: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of square images, or of stored `latents`, as a loader makes it."""
     count, length = config.train.batch_size, config.data.max_text_tokens
     height, width, channels = build.latent_shape(config)
     side = config.data.image_size
@@ -76,6 +92,13 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, *, latents: bool = False) -> 
         name: _placed(jax.ShapeDtypeStruct((count, *shape), dtype), place)
         for name, (shape, dtype) in arrays.items()
     }
+
+
+def abstract_encoded(programs: Program, frozen: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What `Program.encoded` gives of an abstract batch; while the mesh is set."""
+    place = batch["ids"].sharding
+    encoded = jax.eval_shape(programs.encoded, frozen, batch)
+    return {name: _placed(x, place) for name, x in encoded.items()}
 
 
 def abstract_key(mesh: Mesh) -> Any:

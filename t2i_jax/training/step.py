@@ -40,8 +40,8 @@ class Objective:
         """Everything that has no gradient: latents, noise, times and what the LLM read.
 
         `batch` is {'image': uint8 (B, H, W, 3), 'ids': (B, T), 'mask': (B, T)}, and with CLIP
-        'clip_ids': (B, 77). Instead of the image it may have 'moments', uint16 (B, H', W', 2 C):
-        the bits of bfloat16 means and log-variances of the latents.
+        'clip_ids': (B, 77). Instead of the image it may have 'moments' (B, H', W', 2 C), means and
+        log-variances of the latents: float32 (`make_encode`), or uint16, the bits of bfloat16.
         """
         key_latent, key_noise, key_time = (jax.random.fold_in(key, i) for i in range(3))
         z = self.latents(frozen, batch, key_latent)
@@ -65,10 +65,12 @@ class Objective:
     def latents(self, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
         """A draw of the latents of a batch (B, H', W', C), float32."""
         if "moments" in batch:
-            moments = jax.lax.bitcast_convert_type(batch["moments"], jnp.bfloat16)
+            moments = batch["moments"]
+            if moments.dtype == jnp.uint16:
+                moments = jax.lax.bitcast_convert_type(moments, jnp.bfloat16)
             mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
             return self.autoencoder.scaled(Moments(mean, logvar).sample(key))
-        images = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        images = _to_unit(batch["image"])
         return self.autoencoder.encode(frozen.get("autoencoder", {}), images, key)
 
     def read_text(self, frozen: Any, batch: Any) -> Any:
@@ -94,6 +96,31 @@ class Objective:
         return flow.mse_B(prediction, flow.velocity(z, noise))
 
 
+def make_encode(autoencoder: Any, accumulation: int = 1) -> Callable[[Any, jax.Array], jax.Array]:
+    """The pure function (params, uint8 images (B, H, W, 3)) -> 'moments' of a batch, float32.
+
+    In as many parts, one after the other, as a step has microbatches.
+    """
+
+    def encode(params, images):
+        moments = autoencoder.posterior(params, _to_unit(images))
+        return jnp.concatenate([moments.mean, moments.logvar], axis=-1)
+
+    def encode_in_parts(params, images):
+        count = len(images)
+        if accumulation == 1 or count % accumulation:
+            return encode(params, images)
+        parts = jax.lax.map(lambda x: encode(params, x), split_batch(images, accumulation))
+        return jnp.moveaxis(parts, 0, 1).reshape(count, *parts.shape[2:])
+
+    return encode_in_parts
+
+
+def _to_unit(images: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
 def split_batch(inputs: Any, parts: int) -> Any:
     """(B, ...) leaves -> (parts, B / parts, ...), every part taking rows from every shard."""
 
@@ -106,7 +133,7 @@ def split_batch(inputs: Any, parts: int) -> Any:
 
 
 def _stacked(path) -> bool:
-    return getattr(path[-1], "name", "").startswith(("keys_L", "values_L"))
+    return bool(path) and getattr(path[-1], "name", "").startswith(("keys_L", "values_L"))
 
 
 def make_train_step(

@@ -103,13 +103,15 @@ class Watch:
         """Loss of the averaged weights on the held-out samples, at fixed times and noise."""
         self.settle()
         parts, config = self._parts, self._parts.config
+        programs, fixed = parts.programs, parts.pipeline.frozen
         key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
         losses, rows = [], []
         for i, batch in enumerate(_validation_batches(parts)):
             self._tell(number, batch.faults)
             arrays = sharding.shard_batch(batch.arrays, parts.mesh)
             rng = jax.random.fold_in(key, i)
-            losses.append(parts.validate(current.ema, parts.pipeline.frozen, arrays, rng))
+            arrays = programs.encoded(fixed, arrays)
+            losses.append(programs.validate(current.ema, fixed, arrays, rng))
             rows.append(len(batch.arrays["ids"]))
         loss = np.average([np.asarray(x) for x in losses], axis=0, weights=rows)
         by_time = {

@@ -1,7 +1,9 @@
 """One training step: its randomness, its loss, its gradient, and who is left alone."""
 
+import dataclasses
 import functools
 
+from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 from t2i_jax.diffusion import time
+from t2i_jax.models import autoencoder
 from t2i_jax.training import step
 from tests import tiny
 
@@ -56,6 +59,27 @@ def test_latents_noise_and_times_are_what_they_are_said_to_be(run):
     assert np.isin(inputs["t"], time.training_sigmas(flow.num_timesteps, flow.shift)).all()
     assert len(np.unique(inputs["t"])) > 10  # a time for each row
     np.testing.assert_array_equal(inputs["features"].mask_BT, run.batch["mask"])
+
+
+def test_the_encoders_program_gives_what_is_drawn_from(run):
+    """In any number of parts; and of it the very latents that the images give."""
+    net = autoencoder.AutoencoderKL(2, (8, 16), 1, 4)
+    kl = autoencoder.Autoencoder(net, scale=1.5, shift=0.1)
+    params = meta.unbox(kl.init(jax.random.key(0)))
+    image = run.batch["image"]
+    moments = jax.jit(step.make_encode(kl))(params, image)
+    posterior = kl.posterior(params, image / 127.5 - 1.0)
+    np.testing.assert_allclose(moments[..., :2], posterior.mean, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(moments[..., 2:], posterior.logvar, rtol=0, atol=1e-5)
+    halves = jax.jit(step.make_encode(kl, 2))(params, image)
+    np.testing.assert_allclose(halves, moments, rtol=0, atol=1e-5)
+    objective = dataclasses.replace(run.objective, autoencoder=kl)
+    frozen = {"autoencoder": params}
+    drawn = [
+        objective.latents(frozen, batch, KEY) for batch in ({"image": image}, {"moments": moments})
+    ]
+    np.testing.assert_allclose(*drawn, rtol=0, atol=1e-5)
+    assert drawn[0].std() > 0.5
 
 
 def test_randomness_is_a_function_of_key_and_step_alone(run, sgd):
