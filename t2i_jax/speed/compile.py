@@ -153,6 +153,11 @@ class Job(NamedTuple):
     how: dict[str, Any]  # batch and other sizes, as the report has them
 
 
+def shards(config: ConfigDict, topology: str) -> int:
+    """Into how many parts a batch of `config` is split there."""
+    return sharding.batch_shards(_machine(config, topology)[1])
+
+
 def _machine(config: ConfigDict, topology: str) -> tuple[machines.Topology, Mesh]:
     machine = machines.parse(topology)
     return machine, sharding.make_mesh(**config.mesh, devices=machines.devices(machine))

@@ -1,0 +1,62 @@
+"""The largest batch that fits a machine, by what the backward pass keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.speed import compile as compiler
+from t2i_jax.speed.tables import size
+
+MOST = 64  # rows of a device that are tried
+
+
+def sweep(
+    config: ConfigDict,
+    topology: str,
+    *,
+    latents: bool = False,
+    tell: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """{'rows': a report for each policy and batch, 'largest': by policy, of the batches that fit}.
+
+    Policies come in the order of what they keep, the most first, none in the host's memory; a
+    batch is doubled until it does not fit, and what fits one policy is taken to fit the next.
+    `train.accumulation` is 1: of more rows than fit, make microbatches. `tell` is called with a
+    line about each. Raises ConfigError as `compile.train`.
+    """
+    rows, largest, each = [], {}, 1
+    shards = compiler.shards(config, topology)
+    for policy in (name for name in REMAT_POLICIES if name != "offload"):
+        while each <= MOST:
+            changed = config.copy_and_resolve_references().unlock()
+            changed.dit.remat, changed.train.accumulation = policy, 1
+            changed.train.batch_size = each * shards
+            report = compiler.train(changed, topology, latents=latents)
+            rows.append(report)
+            tell(line(report, each))
+            if not report["fits"]:
+                break
+            largest[policy] = each * shards
+            each *= 2
+    return {"rows": rows, "largest": largest}
+
+
+def line(report: dict[str, Any], each: int) -> str:
+    """One row for a terminal."""
+    verdict = "fits" if report["fits"] else "does not fit"
+    work = f", {report['flops_ratio']:.3f} x FLOPs" if "flops_ratio" in report else ""
+    return (
+        f"{report['remat']:<9} {report['batch_size']:>6} ({each:>2} a device)  "
+        f"{size(report['bytes_needed']):>10} of {size(report['bytes_there'])}, {verdict}{work}"
+    )
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What to take from a sweep."""
+    if not found["largest"]:
+        return "Nothing fits, not even one image a device: this needs more devices."
+    return "The largest batch that fits:\n" + "\n".join(
+        f"  {policy:<9} {batch}" for policy, batch in found["largest"].items()
+    )
