@@ -169,6 +169,9 @@ def get_config() -> ConfigDict:
     config.train.dtype = "bfloat16"  # of the computation; masters, norms and loss are float32
     config.train.attention = "auto"  # 'auto' | 'xla' | 'splash' | 'cudnn': kernel of attention
     config.train.frozen_dtype = "bfloat16"  # of the stored LLM and autoencoder
+    # 'none' | 'int8': the LLM's matrices when it is loaded, whatever its files hold. int8: half the
+    # memory and half the bytes that are gathered of them (t2i_jax/quantization.py).
+    config.train.llm_quantization = "none"
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     # Seconds after which a run that does not get on is ended, with the stacks of all threads; 0 =
     # never. Of a step; and of what is rare and slow: setting up, the first step of a shape (it

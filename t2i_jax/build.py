@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import sharding
+from t2i_jax import quantization, sharding
 from t2i_jax.models import autoencoder, fusion
 from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import FROZEN, TextToImageModel
@@ -60,7 +60,7 @@ def _abstract_autoencoder(net: autoencoder.Autoencoder) -> Any:
 def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     """(trained, frozen) parameters, abstract and boxed with their logical axes.
 
-    Frozen ones have the dtype that they are stored in.
+    Frozen ones have the dtype that they are stored in, but for what `quantised` makes of them.
     """
     boxed = _boxed(model(config), latent_shape(config))
     trained = {name: part for name, part in boxed.items() if name not in FROZEN}
@@ -83,6 +83,13 @@ def as_used(boxed: Any) -> Any:
         return x.replace(value=jax.ShapeDtypeStruct(x.value.shape, x.used_in or x.value.dtype))
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, sharding.Named))
+
+
+def quantised(config: ConfigDict, frozen: dict[str, Any]) -> dict[str, Any]:
+    """The frozen ones of `abstract_params`, as devices hold them."""
+    if config.train.llm_quantization == "none":
+        return frozen
+    return frozen | {"llm": quantization.abstract(frozen["llm"])}
 
 
 def sharded(boxed: Any, mesh: Mesh) -> Any:

@@ -13,13 +13,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from etils import epath
+from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, sharding
+from t2i_jax import build, quantization, sharding
 from t2i_jax.data import sources
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
@@ -190,30 +191,33 @@ def load_autoencoder(config: ConfigDict, mesh: Mesh) -> tuple[Autoencoder, Any]:
 def place(
     config: ConfigDict, mesh: Mesh, weights: Mapping[str, Source], network: AutoencoderKL | None
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """The autoencoder and the frozen parameters on the devices, in the dtype they are stored in."""
+    """The autoencoder and the frozen parameters on the devices, as the config has them stored."""
     _, boxed = build.abstract_params(config)
+    held = build.quantised(config, boxed)
     dtype = jnp.dtype(config.train.frozen_dtype)
     params = {"autoencoder": {}}
     with users_files():
         for part in PARTS:
             if not (found := of_part(part, weights)):
                 continue
-            places = sharding.replicated(mesh)
+            places, matrices = sharding.replicated(mesh), {}
             if part != "autoencoder":  # whose architecture is in its files, not in the config
-                places = _places(part, boxed[part], found, mesh)
-            params[part] = materialise(found, places, dtype)
+                _check(part, boxed[part], found)
+                places = jax.tree.map(lambda x: x.sharding, build.sharded(held[part], mesh))
+            if held[part] is not boxed[part]:
+                matrices = quantization.matrices(boxed[part])
+            params[part] = materialise(found, places, dtype, matrices)
     return build.make_autoencoder(config, network), params
 
 
-def _places(part: str, boxed: Any, found: Mapping[str, Source], mesh: Mesh) -> Any:
-    """Where the parameters of a part live. Raises ValueError where they are not the config's."""
-    like = build.sharded(boxed, mesh)
-    shapes = {path: x.shape for path, x in flatten_dict(like, sep="/").items()}
+def _check(part: str, boxed: Any, found: Mapping[str, Source]) -> None:
+    """Raises ValueError where the parameters of a part are not the config's."""
+    like = flatten_dict(meta.unbox(boxed), sep="/")
+    shapes = {path: x.shape for path, x in like.items()}
     if shapes != (there := {path: source.shape for path, source in found.items()}):
         wrong = [p for p in sorted({*shapes, *there}) if shapes.get(p) != there.get(p)]
         is_, wanted = (kept.get(wrong[0], "missing") for kept in (there, shapes))
         raise ValueError(f"The {part} is not the config's: {wrong[0]} is {is_}, not {wanted}.")
-    return jax.tree.map(lambda x: x.sharding, like)
 
 
 def make_prompts(

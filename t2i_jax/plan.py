@@ -17,6 +17,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     check_batch(config, mesh)
     whole, _, _ = program.abstract_state(config, mesh)
     frozen = program.abstract_frozen(config, mesh)
+    counts = {k: build.count(v) for k, v in build.abstract_params(config)[1].items()}
     per_device = {
         "parameters": sharding.bytes_per_device(whole.params),
         "EMA": sharding.bytes_per_device(whole.ema),
@@ -33,7 +34,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     source = f"a mixture of {mixed}" if mixed else f"{c.data.source}, {c.data.path or 'built in'}"
     lines = [
         ("run", f"{c.name}, seed {c.seed}, in {workdir}"),
-        *_networks(c, build.count(whole.params), {k: build.count(v) for k, v in frozen.items()}),
+        *_networks(c, build.count(whole.params), counts),
         (
             "images",
             f"{c.data.image_size} px -> latents {height} x {width} x {channels} -> "
@@ -66,6 +67,8 @@ def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[
     """What is trained and what is not, with the numbers of parameters."""
     c = config
     positions = c.dit.positions + (" and a table" if c.dit.table_size else "")
+    method = c.train.llm_quantization
+    quantised = "" if method == "none" else f", its matrices in {method}"
     return [
         (
             "model",
@@ -80,7 +83,7 @@ def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[
         (
             "frozen",
             f"{frozen['llm']:,} LLM {c.llm.num_layers} x {c.llm.width} "
-            f"({c.weights.llm or 'pre-trained here'}), "
+            f"({c.weights.llm or 'pre-trained here'}{quantised}), "
             f"{frozen['autoencoder']:,} autoencoder ({c.autoencoder.kind})"
             + (f", {frozen['clip']:,} CLIP" if "clip" in frozen else ""),
         ),

@@ -20,6 +20,7 @@ from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
 from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
 from t2i_jax.models.positions import IMAGE_POSITIONS
+from t2i_jax.quantization import METHODS as QUANTIZATIONS
 from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.attention": KERNELS,
     "train.dtype": ("float32", "bfloat16"),
     "train.frozen_dtype": ("float32", "bfloat16"),
+    "train.llm_quantization": QUANTIZATIONS,
 }
 
 _Range = tuple[Callable[[float], bool], str]

@@ -108,7 +108,7 @@ def abstract_arguments(config: ConfigDict, mesh: Mesh, batch: int, steps: int) -
 
     everywhere = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    _, frozen = build.abstract_params(config)
+    frozen = build.quantised(config, build.abstract_params(config)[1])
     fixed = {name: build.sharded(part, mesh) for name, part in frozen.items()}
     return {
         "weights": {"params": abstract_params(config, mesh), "frozen": fixed},

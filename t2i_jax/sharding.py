@@ -174,19 +174,28 @@ def product(x: jax.Array, matrix: jax.Array, axes: Sequence[str | None], sizes) 
     more, and hands out the gradient as shards. Said explicitly, because the partitioner left alone
     moves activations instead, keeps whole matrices for the backward pass, and sums whole gradients
     where a scattered sum would do. What travels has the matrix's dtype: cast it before.
+
+    A matrix of integers travels as such, is cast to x's dtype where it is multiplied, and has no
+    gradient; its product is float32, to be scaled (quantization.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
-        return x @ matrix
+        return _matmul(x, matrix)
     held = _divisible(to_spec(axes), sizes, mesh)
     whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in held))
     return _product(x, matrix, held, whole)
 
 
+def _matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    if jnp.issubdtype(matrix.dtype, jnp.integer):
+        return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    return x @ matrix
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, matrix, held, whole):
     del held
-    return x @ jax.lax.with_sharding_constraint(matrix, whole)
+    return _matmul(x, jax.lax.with_sharding_constraint(matrix, whole))
 
 
 def _product_forwards(x, matrix, held, whole):
@@ -196,6 +205,9 @@ def _product_forwards(x, matrix, held, whole):
 def _product_backwards(held, whole, kept, gradient):
     x, matrix = kept
     matrix = jax.lax.with_sharding_constraint(matrix, whole)
+    if jnp.issubdtype(matrix.dtype, jnp.integer):
+        gradient, matrix = gradient.astype(x.dtype), matrix.astype(x.dtype)
+        return jax.lax.dot_general(gradient, matrix, (((1,), (1,)), ((), ()))), None
     to_x = jax.lax.dot_general(gradient, matrix, (((1,), (1,)), ((), ())))
     to_matrix = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())))
     return to_x, jax.lax.with_sharding_constraint(to_matrix, held)
@@ -210,6 +222,7 @@ def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     Every device looks up the ids of its 'fsdp' group in its own rows, and the sum over the group,
     of which one term is not zero, leaves each with its part of the batch: exact in any dtype. Where
     the batch is not one that is split, as a single prompt, every device gets all rows.
+    Rows of int8 are added in bfloat16, which holds them: of int8, TPUs would sum whole batches.
     """
     mesh = jax.sharding.get_abstract_mesh()
     batch, vocab = RULES["batch"], RULES["vocab"]
@@ -223,6 +236,8 @@ def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         rows = ids - jax.lax.axis_index(vocab) * table.shape[0]
         own = (rows >= 0) & (rows < table.shape[0])
         found = jnp.where(own[..., None], jnp.take(table, jnp.where(own, rows, 0), axis=0), 0)
+        if found.dtype == jnp.int8:
+            found = found.astype(jnp.bfloat16)
         if not split:
             return jax.lax.psum(found, vocab)
         return jax.lax.psum(jax.lax.psum_scatter(found, "fsdp", tiled=True), "tensor")

@@ -3,8 +3,8 @@
 from pathlib import Path
 import shutil
 
-import nbformat
 from nbclient import NotebookClient
+import nbformat
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,6 +15,7 @@ direction: the host holds one of them, and in `materialise` one parameter in the
 from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 import math
+import types
 from typing import Any, NamedTuple, Protocol
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax import quantization
 from t2i_jax.interop.safetensors import Entry
 
 _SQUARE = 256  # elements a side that are transposed at once: they fit a cache
@@ -115,15 +117,26 @@ def sources(
     }
 
 
-def materialise(found: Mapping[str, Source], shardings: Any, dtype: Any) -> dict[str, Any]:
+def materialise(
+    found: Mapping[str, Source],
+    shardings: Any,
+    dtype: Any,
+    matrices: Mapping[str, quantization.Matrix] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """A nested dict of parameters, each put where `shardings` says, in the dtype that `dtype` says.
 
     Either is a nested dict like the result, or one for all; the sharding None is the first device.
+    What `matrices` names is quantised instead, and gets a scale beside it.
     """
-    places, dtypes = _by_path(shardings, found), _by_path(dtype, found)
+    scales = set(map(quantization.scale_of, matrices))
+    places, dtypes = _by_path(shardings, {*found, *scales}), _by_path(dtype, found)
     params = {}
     for ours, source in found.items():
-        params[ours] = _put(_whole(source, jnp.dtype(dtypes[ours])), places[ours])
+        if ours in matrices:
+            made = quantization.read(ours, source, matrices[ours])
+        else:
+            made = {ours: _whole(source, jnp.dtype(dtypes[ours]))}
+        params |= {path: _put(host, places[path]) for path, host in made.items()}
     return unflatten_dict(params, sep="/")
 
 

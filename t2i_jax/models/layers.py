@@ -34,6 +34,11 @@ def fixed(initializer: Callable[..., jax.Array]) -> Init:
     return lambda in_axis, out_axis: initializer
 
 
+def scale_beside(module: nn.Module, weight: jax.Array) -> jax.Array | None:
+    """The scale of the outputs of a module whose weight is int8 (quantization.py), else None."""
+    return module.get_variable("params", "scale") if weight.dtype == jnp.int8 else None
+
+
 class Einsum(nn.Module):
     """x, weight -> einsum(equation), the weight's axes named after what they are.
 
@@ -60,12 +65,17 @@ class Einsum(nn.Module):
         init = self.init(in_axis=in_axis, out_axis=out_axis)
         weight = self.param("weight", with_axes(init, self.axes, self.dtype), self.shape)
         inputs, outputs = self.shape[:contracted], self.shape[contracted:]
-        matrix = weight.astype(self.dtype).reshape(math.prod(inputs), math.prod(outputs))
+        scale = scale_beside(self, weight)
+        weight = weight if scale is not None else weight.astype(self.dtype)
+        matrix = weight.reshape(math.prod(inputs), math.prod(outputs))
         rows = x.shape[: x.ndim - contracted]
         x = x.astype(self.dtype).reshape(math.prod(rows), math.prod(inputs))
         first = (0, contracted)  # of the axes that each of the matrix's two is made of
         names, sizes = ([of[i] for i in first] for of in (self.axes, self.shape))
-        y = checkpoint_name(product(x, matrix, names, sizes), PRODUCT).reshape(*rows, *outputs)
+        y = product(x, matrix, names, sizes)
+        if scale is not None:
+            y = (y * scale.reshape(-1)).astype(self.dtype)
+        y = checkpoint_name(y, PRODUCT).reshape(*rows, *outputs)
         if self.bias:
             axes = tuple("norm" if axis == "embed" else axis for axis in self.axes[contracted:])
             bias = self.param("bias", with_axes(zeros, axes), outputs)
@@ -96,12 +106,18 @@ class Embed(nn.Module):
 
     def encode(self, ids_BT: jax.Array) -> jax.Array:
         """(B, T) int -> (B, T, D)."""
-        return take_rows(self.weight, ids_BT).astype(self.dtype)
+        rows_BTD = take_rows(self.weight, ids_BT)
+        scale_V = scale_beside(self, self.weight)
+        if scale_V is not None:
+            rows_BTD = rows_BTD * jnp.take(scale_V, ids_BT)[..., None]
+        return rows_BTD.astype(self.dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """(B, T, D) -> float32 logits (B, T, V)."""
         weight = self.weight.astype(self.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, weight, preferred_element_type=jnp.float32)
+        y = jnp.einsum("BTD,VD->BTV", x_BTD, weight, preferred_element_type=jnp.float32)
+        scale_V = scale_beside(self, self.weight)
+        return y if scale_V is None else y * scale_V
 
 
 class RMSNorm(nn.Module):

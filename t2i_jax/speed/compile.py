@@ -11,7 +11,8 @@ bytes in the dtype that it is used in: in a training step,
     trained   (F - 1) / F x b       gathered for the forward pass, again for the backward pass,
               (F - 1) / F x b       its gradient scattered, and summed over replicas:
               2 (D - 1) / D x b / F
-    frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch
+    frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch, of one
+                                    in int8 as bfloat16
 
 and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient. To
 draw, the DiT is gathered at every step, and what is frozen once for the prompts and once for the
@@ -301,12 +302,14 @@ def _frozen_traffic(frozen: dict[str, Any], words: dict[str, Any], mesh: Mesh) -
     shards, out = mesh.shape["fsdp"], defaultdict(float)
     part = (shards - 1) / shards
     for path, x in jax.tree.leaves_with_path(frozen):
+        if not _sharded(x):
+            continue
         if "embed" not in jax.tree_util.keystr(path):
             out["all-gather"] += _gathered(x, mesh)
             continue
         ids = words["clip_ids" if "clip" in str(path[0]) else "ids"]
         rows = math.prod(ids.sharding.shard_shape(ids.shape)) * shards
-        out["reduce-scatter"] += part * rows * x.shape[-1] * x.dtype.itemsize
+        out["reduce-scatter"] += part * rows * x.shape[-1] * max(x.dtype.itemsize, 2)
         out["all-gather"] += part * rows * ids.dtype.itemsize
     return dict(out)
 

@@ -69,7 +69,7 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[state.TrainState, An
 
 def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """What is not trained, as `frozen.load` gives it: the autoencoder replicated."""
-    _, boxed = build.abstract_params(config)
+    boxed = build.quantised(config, build.abstract_params(config)[1])
     return {name: build.sharded(part, mesh) for name, part in boxed.items()}
 
 
