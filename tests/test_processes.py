@@ -70,13 +70,20 @@ def test_pictures_are_those_of_one_process(runs, name):
 @pytest.mark.parametrize("name", ["two", "four"])
 def test_a_run_leaves_the_same_files(runs, name):
     def files(run):
-        return sorted(p.name for p in run.iterdir()), sorted(
-            p.name for p in (run / "checkpoints").iterdir()
-        )
+        folders = run, run / "checkpoints", run / "profile" / "plugins" / "profile"
+        return [sorted(p.name for p in folder.iterdir()) for folder in folders]
 
     assert files(runs[name]) == files(runs["one"])
     texts = [(runs[n] / "tokenizer" / "tokenizer.json").read_text() for n in ("one", name)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_process_traces_the_same_step(runs, name):
+    (folder,) = (runs[name] / "profile" / "plugins" / "profile").iterdir()
+    assert folder.name == "steps_0000002_0000002"
+    found = {p.name.partition(".")[0] for p in folder.iterdir()}
+    assert found == {f"host_{i:04d}" for i in range(LAYOUTS[name][0])}
 
 
 @pytest.fixture(scope="module")
