@@ -16,7 +16,7 @@ setup: .venv/installed
 .venv/installed: requirements.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "t2i_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile -r requirements.txt
 	.venv/bin/python -m pip install --quiet -e . --no-deps
 	touch $@
 
@@ -33,7 +33,7 @@ parity: .venv/parity  # against transformers and diffusers in torch, which nothi
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/parity
 
 .venv/parity: .venv/installed requirements-parity.txt
-	.venv/bin/python -m pip install --quiet -r requirements-parity.txt -c requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt
 	touch $@
 
 lint: setup
