@@ -16,7 +16,7 @@ setup: .venv/installed
 .venv/installed: requirements.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "t2i_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d: make setup PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile -r requirements.txt
 	.venv/bin/python -m pip install --quiet -e . --no-deps
 	touch $@
 
@@ -27,13 +27,13 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl and report.json"
 
 test: setup
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/parity
 
 .venv/parity: .venv/installed requirements-parity.txt
-	.venv/bin/python -m pip install --quiet -r requirements-parity.txt -c requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt
 	touch $@
 
 lint: setup

@@ -179,6 +179,15 @@ def get_config() -> ConfigDict:
     config.train.step_deadline = 1800.0
     config.train.pause_deadline = 7200.0
 
+    # Optional, beside metrics.jsonl, speed.jsonl and TensorBoard.
+    config.train.block_norms = False  # norms of gradient, weights and update, block by block
+    config.train.wandb = ""  # project of Weights & Biases; '' = none
+
+    # A trace by JAX's profiler in <workdir>/profile, of a start of the run.
+    config.profile = ConfigDict()
+    config.profile.start = 10  # steps before it, from 1: the first one of a start compiles
+    config.profile.steps = 0  # traced steps; 0 = no trace
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5000  # steps
     config.checkpoint.keep = 3  # newest ones kept

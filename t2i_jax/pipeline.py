@@ -119,12 +119,16 @@ class Pipeline(NamedTuple):
         shards = sharding.batch_shards(self.mesh)
         return -(-size // shards) * shards
 
+    def _tell_cut(self, prompts: Sequence[str]) -> None:
+        """Warns of prompts that are too long; one of several processes does."""
+        for prompt, cut in zip(prompts, self.prompts.cut(prompts), strict=True):
+            if cut and jax.process_index() == 0:
+                logging.warning("Only %d tokens are read of %r", self.prompts.length, prompt)
+
     def _draw_batch(self, prompts, sigmas, guidance, seed, first) -> np.ndarray:
         c = self.config
         text = self.prompts.encode([*prompts, ""])
-        for prompt, cut in zip(prompts, self.prompts.cut(prompts), strict=True):
-            if cut:
-                logging.warning("Only %d tokens are read of %r", self.prompts.length, prompt)
+        self._tell_cut(prompts)
         replicated = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
             images = sampler.draw(

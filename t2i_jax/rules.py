@@ -84,6 +84,7 @@ RANGES: dict[str, _Range] = {
     "ema.decay": _DECAY,
     "train.step_deadline": _OR_ZERO,
     "train.pause_deadline": _OR_ZERO,
+    "profile.steps": _OR_ZERO,
     "checkpoint.keep_every": _OR_ZERO,
     "validation.every": _OR_ZERO,
     "sampling.every": _OR_ZERO,
@@ -306,6 +307,15 @@ def _bucket_rules(config: ConfigDict, cell: int) -> Iterator[str]:
         )
 
 
+def _profile_rules(config: ConfigDict) -> Iterator[str]:
+    profile, steps = config.profile, config.train.steps
+    if profile.steps and profile.start + profile.steps > steps:
+        yield (
+            f"profile.start = {profile.start} + profile.steps = {profile.steps} is more than "
+            f"train.steps = {steps}: they would not all be traced"
+        )
+
+
 def _training_rules(config: ConfigDict) -> Iterator[str]:
     train, optimizer, sampling, mesh = config.train, config.optimizer, config.sampling, config.mesh
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.name):
@@ -326,6 +336,7 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
             f"optimizer.decay_steps = {optimizer.decay_steps}, but optimizer.schedule = 'constant' "
             "does not decay"
         )
+    yield from _profile_rules(config)
     if sampling.steps > config.flow.num_timesteps:
         yield (
             f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "

@@ -1,7 +1,9 @@
 """Every test runs on eight simulated devices of the CPU; this file is read before jax is."""
 
+import fcntl
 from importlib import metadata
 import os
+import tempfile
 
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Compiling is most of the time here, so the code may be slow: a quarter of the seconds.
@@ -14,6 +16,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # until all devices take part: two devices on two threads, with two collectives each, wait for ever.
 os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+
+# What is compiled once, in a test or by a command that it starts, the whole session finds again.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="t2i_jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import pytest  # noqa: E402
 
@@ -37,5 +45,14 @@ def undisturbed(tmp_path_factory):
     """
     from tests.processes import Training
 
-    parent = tmp_path_factory.mktemp("runs")
-    return Training(parent / "undisturbed", parent / "programs", fill=True).finish().workdir
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        parent = parent.parent  # of all workers: the first to come runs it, another waits
+    (parent := parent / "runs").mkdir(exist_ok=True)
+    workdir, done = parent / "undisturbed", parent / "done"
+    with (parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            Training(workdir, parent / "programs", fill=True).finish()
+            done.touch()
+    return workdir

@@ -19,6 +19,8 @@ RUN = {  # what differs from the run that is killed: less of it, but watched
     "checkpoint.keep": 9,
     "validation.every": 2,
     "sampling.every": 4,
+    "profile.start": 1,
+    "profile.steps": 1,
 }
 
 

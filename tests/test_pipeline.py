@@ -45,6 +45,14 @@ def test_an_image_is_the_same_in_any_batch(one, images):
     assert not np.array_equal(repeated[1], images[0])  # other noise
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_process_tells_of_prompts_that_are_cut(one, process, monkeypatch, caplog):
+    monkeypatch.setattr("jax.process_index", lambda: process)
+    one._tell_cut(["a red ring", "a red ring " * 20])
+    assert caplog.text.count("Only 12 tokens are read of 'a red ring a") == (process == 0)
+    assert len(caplog.records) == (process == 0)
+
+
 def test_an_image_is_the_same_on_eight_devices(many, one, images):
     """To one step of a byte: sums over shards may round otherwise."""
     shardings = jax.tree.map(lambda x: x.sharding, many.params)

@@ -29,10 +29,16 @@ LAYOUTS = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}  # processes, devices e
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Name -> working directory of a whole run."""
+    """Name -> working directory of a whole run.
+
+    One and two processes each train the text side; the others begin with that of one.
+    """
     parent = tmp_path_factory.mktemp("processes")
     tensor = {"tensor": (2, 1, "--config.mesh.tensor=2")}
     for name, layout in {**LAYOUTS, **tensor}.items():
+        if name in ("four", "tensor"):
+            for part in ("tokenizer", "llm"):
+                shutil.copytree(parent / "one" / part, parent / name / part)
         training(parent / name, *layout, cache=parent / "programs").finish()
     return {name: parent / name for name in [*LAYOUTS, "tensor"]}
 
@@ -70,13 +76,23 @@ def test_pictures_are_those_of_one_process(runs, name):
 @pytest.mark.parametrize("name", ["two", "four"])
 def test_a_run_leaves_the_same_files(runs, name):
     def files(run):
-        return sorted(p.name for p in run.iterdir()), sorted(
-            p.name for p in (run / "checkpoints").iterdir()
-        )
+        folders = run, run / "checkpoints", run / "profile" / "plugins" / "profile"
+        return [sorted(p.name for p in folder.iterdir()) for folder in folders]
 
     assert files(runs[name]) == files(runs["one"])
-    texts = [(runs[n] / "tokenizer" / "tokenizer.json").read_text() for n in ("one", name)]
+
+
+def test_two_processes_train_the_same_tokenizer(runs):
+    texts = [(runs[n] / "tokenizer" / "tokenizer.json").read_text() for n in ("one", "two")]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_process_traces_the_same_step(runs, name):
+    (folder,) = (runs[name] / "profile" / "plugins" / "profile").iterdir()
+    assert folder.name == "steps_0000002_0000002"
+    found = {p.name.partition(".")[0] for p in folder.iterdir()}
+    assert found == {f"host_{i:04d}" for i in range(LAYOUTS[name][0])}
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +197,14 @@ def test_a_run_of_two_processes_is_resumed_by_others(runs, tmp_path, name):
 
 
 def test_a_missing_process_is_named_by_all_others(tmp_path):
-    limit = 60  # seconds, which all have to start in
+    limit = 40  # seconds, which all have to start in
     began = time.monotonic()
     group = training(tmp_path / "run", 4, 1, absent=[1, 3], timeout=limit)
     assert group.statuses() == {0: 1, 2: 1}
     assert time.monotonic() - began < LIMIT
     for text in group.outputs().values():
         assert text.count("\n") == 1  # and nothing else
-        assert "2 of 4 processes did not start within 60 s: 1, 3. There are: 0 (" in text
+        assert "2 of 4 processes did not start within 40 s: 1, 3. There are: 0 (" in text
     assert not (tmp_path / "run").exists()
 
 

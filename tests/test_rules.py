@@ -38,6 +38,9 @@ CONTRADICTIONS = {
     "checkpoint.keep_every = 7500 is no multiple of checkpoint.every = 5000": {
         "checkpoint__keep_every": 7500
     },
+    "profile.start = 10 + profile.steps = 5 is more than train.steps = 14": {
+        **{"profile__steps": 5, "train__steps": 14}
+    },
     "data.add_generation_prompt = True, but data.chat_template = False": {
         "data__add_generation_prompt": True
     },

@@ -31,7 +31,10 @@ DIT = {"width": 24, "num_layers": 2, "mlp_width": 32, "patch_size": 2}
 LATENTS = (4, 6, 3)  # height, width, channels: 2 x 3 tokens
 LENGTHS = (5, 3, 1)  # real tokens of the prompts
 TEXT = 5  # T
-WATCHED = {  # what the run of conftest.py's `trained` changes: it validates and draws
+WATCHED = {  # what the run of conftest.py's `trained` changes: it validates, draws, and so on
+    "train__block_norms": True,
+    "profile__start": 1,
+    "profile__steps": 2,
     "validation__every": 2,
     "sampling__every": 4,
     "sampling__prompts": ("a red ring", "two blue squares", "a ring"),

@@ -44,12 +44,14 @@ class Guard:
         yield
         self._preemption.wait_for_step()
 
-    def step(self, number: int, arrays: Mapping[str, jax.Array]) -> None:
-        """The batch of a step is here; where it has another shape, the step will be compiled."""
+    def step(self, number: int, arrays: Mapping[str, jax.Array]) -> bool:
+        """The batch of a step is here. Returns whether its shape is new: the step will compile."""
         shapes = frozenset((name, array.shape) for name, array in arrays.items())
-        self._dog.expect(f"step {number}", pause=shapes not in self._shapes)
+        compiles = shapes not in self._shapes
+        self._dog.expect(f"step {number}", pause=compiles)
         self._shapes.add(shapes)
         self._step = number
+        return compiles
 
     def ready(self, start: int) -> None:
         """The first step after `start` is done."""

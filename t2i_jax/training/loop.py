@@ -1,5 +1,8 @@
 """The training loop: set up, resume, step, watch, save."""
 
+from collections.abc import Iterator
+import contextlib
+import functools
 import math
 from typing import Any
 
@@ -21,7 +24,7 @@ from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import UserError
 from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
-from t2i_jax.training import pretrain, program, state
+from t2i_jax.training import pretrain, profile, program, state, wandb_log
 from t2i_jax.training import workdir as workdirs
 from t2i_jax.training.feed import feed
 from t2i_jax.training.guard import Guard
@@ -50,6 +53,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
         resumed = saved.exists() and any(saved.iterdir())  # and needs no start any more
         if start and not resumed and not epath.Path(start).exists():
             raise SetupError(f"weights.start = {start!r}: no such directory.")
+        if jax.process_index() == 0:  # which alone writes
+            wandb_log.check(config.train.wandb)
         train_source, validation_source = open_data(config)
         workdirs.claim(config, workdir, train_source)
     with distributed.together():
@@ -232,7 +237,8 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
         _say(f"resumed at step {start} of {last}")
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
-    watch = Watch(parts, start)
+    with distributed.together():
+        watch = Watch(parts, start)
     alone = jax.process_count() == 1
     batches = feed(
         parts.train_loader.batches(start),
@@ -241,37 +247,45 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
         None if alone else lambda: guard.asked,
     )
     batches = watch.meter.batches(batches)
-    for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
-        guard.step(number, batch.arrays)
-        arrays = programs.encoded(fixed, batch.arrays)
-        current, metrics = programs.train_step(current, fixed, arrays, rng)
-        watch.dispatched(number, metrics, batch.faults)
-        if number == start + 1:
-            watch.settle()
-            guard.ready(start)
-        if _due(number, config.validation.every, last):
-            watch.settle()
-            with guard.pause("validation"), watch.meter.pause("validation"):
-                watch.validate(number, current)
-        if _due(number, config.sampling.every, last):
-            watch.settle()
-            with guard.pause("drawing"), watch.meter.pause("drawing"):
-                watch.draw(number, current)
-        saved.check()
-        stop = guard.asked if alone else watch.asked
-        if stop or _due(number, config.checkpoint.every, last):
-            watch.settle()  # nothing that is not finite is ever saved
-            with guard.saving(), watch.meter.pause("checkpoint"):
-                saved.save(number, current, config)
-        if stop and number < last:
-            watch.leave()
-            with guard.pause("the last checkpoint"):
-                saved.wait()
-            raise guard.stopped()
+    apart = functools.partial(_apart, guard, watch)
+    with profile.Profile(config.profile, parts.workdir, apart) as tracer:
+        for number, batch in zip(range(start + 1, last + 1), batches, strict=False):
+            with tracer.step(number, guard.step(number, batch.arrays)):
+                arrays = programs.encoded(fixed, batch.arrays)
+                current, metrics = programs.train_step(current, fixed, arrays, rng)
+                watch.dispatched(number, metrics, batch.faults)
+            if number == start + 1:
+                watch.settle()
+                guard.ready(start)
+            if _due(number, config.validation.every, last):
+                with apart("validation"):
+                    watch.validate(number, current)
+            if _due(number, config.sampling.every, last):
+                with apart("drawing"):
+                    watch.draw(number, current)
+            saved.check()
+            stop = guard.asked if alone else watch.asked
+            if stop or _due(number, config.checkpoint.every, last):
+                watch.settle()  # nothing that is not finite is ever saved
+                with guard.saving(), watch.meter.pause("checkpoint"):
+                    saved.save(number, current, config)
+            if stop and number < last:
+                watch.leave()
+                with guard.pause("the last checkpoint"):
+                    saved.wait()
+                raise guard.stopped()
     guard.leaving()
     with distributed.together():  # the others wait for what the first one writes
         watch.close()
     return current
+
+
+@contextlib.contextmanager
+def _apart(guard: Guard, watch: Watch, what: str) -> Iterator[None]:
+    """What is no step: the pending one is done first, and the time of `what` is not theirs."""
+    watch.settle()
+    with guard.pause(what), watch.meter.pause(what):
+        yield
 
 
 def _say(text: str) -> None:

@@ -48,7 +48,8 @@ class Meter:
         while True:
             start = self._clock()
             try:
-                batch = next(iterator)
+                with jax.profiler.TraceAnnotation("waiting for data"):
+                    batch = next(iterator)
             except StopIteration:
                 return
             self._waited += self._clock() - start
@@ -85,9 +86,9 @@ class Meter:
         if self._peak:
             line["mfu"] = self._flops / per_step / self._peak
         line["data_wait"] = self._waited / seconds
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            line["memory_gb"] = stats["peak_bytes_in_use"] / 1e9
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        if all("peak_bytes_in_use" in one for one in stats):
+            line["memory_gb"] = max(one["peak_bytes_in_use"] for one in stats) / 1e9
         line |= {f"pause_{name}": took for name, took in sorted(self._pauses.items())}
         self._begin()
         return line

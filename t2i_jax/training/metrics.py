@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, speed.jsonl, TensorBoard.
+"""What a run tells: metrics.jsonl, speed.jsonl, TensorBoard, and Weights & Biases where asked.
 
 A resumed run continues metrics.jsonl as if it had never stopped.
 """
@@ -14,6 +14,7 @@ from PIL import Image
 
 from t2i_jax import jsonlines
 from t2i_jax.jsonlines import JsonLines
+from t2i_jax.training.wandb_log import WandbLog
 
 FILE = "metrics.jsonl"
 SPEED = "speed.jsonl"
@@ -22,11 +23,13 @@ SPEED = "speed.jsonl"
 class MetricWriter:
     """Scalars and images of a run, to `workdir`/metrics.jsonl and `workdir`/tensorboard.
 
-    One process writes. What a previous run wrote after `resume_step`, and a last line that it did
-    not finish, are dropped.
+    And to `wandb`, if given. One process writes. What a previous run wrote after `resume_step`, and
+    a last line that it did not finish, are dropped.
     """
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+    def __init__(
+        self, workdir: epath.PathLike, resume_step: int = 0, wandb: WandbLog | None = None
+    ):
         from tensorboardX import SummaryWriter  # takes a while to import
 
         workdir = epath.Path(workdir)
@@ -35,19 +38,18 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(
             os.fspath(workdir / "tensorboard"), purge_step=resume_step + 1
         )
+        self._wandb = wandb
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line; values are numbers or arrays of one number. Raises ValueError else."""
         values = {name: _number(name, value) for name, value in values.items()}
         self._lines.append({"step": int(step), **values})
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._show(step, values)
 
     def speed(self, step: int, values: Mapping[str, float]) -> None:
         """One line of speed.jsonl: what is another number every time does not belong in metrics."""
         self._speed.append({"step": int(step), **values})
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"speed/{name}", value, step)
+        self._show(step, {f"speed/{name}": value for name, value in values.items()})
 
     def image(
         self, step: int, name: str, image: np.ndarray, path: epath.PathLike | None = None
@@ -63,12 +65,22 @@ class MetricWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png.getvalue())
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.image(int(step), name, image)
 
-    def close(self) -> None:
-        """Writes what is pending; a second call does nothing."""
+    def close(self, *, finished: bool = True) -> None:
+        """Writes what is pending; a second call does nothing. `finished`: the last step is done."""
         self._lines.close()
         self._speed.close()
         self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close(finished=finished)
+
+    def _show(self, step: int, values: Mapping[str, int | float]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.scalars(int(step), values)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

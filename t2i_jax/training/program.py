@@ -43,7 +43,12 @@ def make(config: ConfigDict, mesh: Mesh, autoencoder: Autoencoder) -> Program:
     model = build.model(config)
     objective = step.Objective(model, autoencoder, **config.flow, clip=build.clip(config))
     train_step = step.make_train_step(
-        objective, update, rate, accumulation=config.train.accumulation, ema=config.ema
+        objective,
+        update,
+        rate,
+        accumulation=config.train.accumulation,
+        ema=config.ema,
+        block_norms=config.train.block_norms,
     )
     validate = step.make_validation(objective, tuple(config.validation.timesteps))
     pixels = isinstance(autoencoder.net, Identity)

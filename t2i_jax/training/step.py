@@ -143,11 +143,13 @@ def make_train_step(
     *,
     accumulation: int = 1,
     ema: Mapping[str, Any],
+    block_norms: bool = False,
 ) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]:
     """The pure function (state, frozen, batch, rng) -> (state, metrics); to be jitted once.
 
     `ema` is the config's section. `rng` is the run's key, the same at every step. Metrics are
-    float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate; and
+    float32 scalars: loss, grad_norm (before clipping), param_norm, update_norm, learning_rate; with
+    `block_norms` these norms of every block of the DiT, 'grad_norm/block' (layers,) and so on; and
     where the batch has it, 'bad': the samples that it could not use, by cause, int32 (causes,),
     and 'stop': whether a process was asked to, int32.
     """
@@ -174,13 +176,14 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         averaged = update_ema(state.ema, params, step, **ema)
+        trees = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
+            **{name: optax.tree.norm(tree) for name, tree in trees.items()},
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
+        if block_norms:
+            metrics |= {f"{name}/block": norms_L(tree) for name, tree in trees.items()}
         if "bad" in batch:
             metrics["bad"] = jnp.sum(batch["bad"], axis=0)
         if "stop" in batch:
@@ -188,6 +191,12 @@ def make_train_step(
         return TrainState(step, params, averaged, opt_state), metrics
 
     return train_step
+
+
+def norms_L(params: Any) -> jax.Array:
+    """The norm of each of the DiT's blocks, which are stacked along the first axis: (L,)."""
+    leaves = jax.tree.leaves(params["dit"]["blocks"])
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x), axis=range(1, x.ndim)) for x in leaves))
 
 
 def make_validation(objective: Objective, timesteps: tuple[float, ...]) -> Callable:

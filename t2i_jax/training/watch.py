@@ -1,6 +1,6 @@
 """What a run looks at while it trains: losses, norms, held-out samples, pictures, bad samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import math
 import time
 from typing import Any
@@ -20,6 +20,7 @@ from t2i_jax.training.history import goodput
 from t2i_jax.training.meter import Meter
 from t2i_jax.training.metrics import MetricWriter, read_metrics
 from t2i_jax.training.parts import Parts
+from t2i_jax.training.wandb_log import WandbLog
 
 
 class NonFiniteError(UserError):
@@ -40,7 +41,7 @@ class Watch:
         self._pending: tuple[int, Any] | None = None
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
-        self._writer = MetricWriter(parts.workdir, start) if self._main else None
+        self._writer = _writer(parts, start) if self._main else None
         images = config.train.batch_size
         self._bar = Progress(config.train.steps, start, images, shown=self._main)
         batch_size, rate = config.train.batch_size, config.data.max_bad_rate
@@ -66,7 +67,7 @@ class Watch:
         metrics = jax.device_get(metrics)
         bad_C = metrics.pop("bad")
         self.asked |= bool(metrics.pop("stop", False))
-        values = {name: float(value) for name, value in metrics.items()}
+        values = dict(_numbers(metrics))
         if not all(math.isfinite(value) for value in values.values()):
             self.leave()
             raise NonFiniteError(
@@ -134,18 +135,18 @@ class Watch:
     def close(self) -> None:
         """After the last step: what is pending, and loss.png."""
         self.settle()
-        self.leave()
+        self.leave(finished=True)
         if self._main:
             metrics = read_metrics(self._parts.workdir)
             if any("loss" in entry for entry in metrics):
                 pictures.loss_plot(metrics, self._parts.workdir / "loss.png")
 
-    def leave(self) -> None:
-        """Nothing more is written; the run does not end here."""
+    def leave(self, *, finished: bool = False) -> None:
+        """Nothing more is written; unless it is `finished`, the run does not end here."""
         self._bar.close()
         self._faults.close()
         if self._main:
-            self._writer.close()
+            self._writer.close(finished=finished)
 
     def _tell(self, number: int, bad: tuple[Fault, ...]) -> None:
         if self._tells:
@@ -161,6 +162,20 @@ class Watch:
             self._writer.speed(
                 number, line | {"goodput": goodput(self._parts.workdir, time.time())}
             )
+
+
+def _writer(parts: Parts, start: int) -> MetricWriter:
+    wandb = WandbLog(parts.config, parts.workdir) if parts.config.train.wandb else None
+    return MetricWriter(parts.workdir, start, wandb)
+
+
+def _numbers(metrics: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
+    """Scalars as they are; of an array (n,) every number, as name_00 and so on."""
+    for name, value in metrics.items():
+        if np.ndim(value):
+            yield from ((f"{name}_{i:02d}", float(x)) for i, x in enumerate(value))
+        else:
+            yield name, float(value)
 
 
 def validation_sizes(count: int, batch_size: int, shards: int) -> list[int]:

@@ -28,6 +28,9 @@ _MAY_CHANGE = (
     "train.log_every",
     "train.step_deadline",
     "train.pause_deadline",
+    "train.block_norms",
+    "train.wandb",
+    "profile.",
     "checkpoint.",
     "validation.",
     "sampling.",
@@ -78,8 +81,11 @@ def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:
         f"{key} = {wanted.get(key)!r}, was {was.get(key)!r}"
         for key in sorted(was.keys() | wanted.keys())
         if was.get(key) != wanted.get(key)
-        # Files may move; made by the run itself, or not, is another model.
-        and not (key.startswith(free) and (was.get(key) == "") == (wanted.get(key) == ""))
+        # Files may move; weights that the run makes itself, or does not, are another model.
+        and not (
+            key.startswith(free)
+            and (not key.startswith("weights.") or bool(was.get(key)) == bool(wanted.get(key)))
+        )
     ]
 
 

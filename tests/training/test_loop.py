@@ -33,7 +33,7 @@ def test_a_run_leaves_what_it_promises(trained):
             "loss.png",
             "metrics.jsonl",
         ),
-        *("samples", "speed.jsonl", "tensorboard", "tokenizer"),
+        *("profile", "samples", "speed.jsonl", "tensorboard", "tokenizer"),
     }
     assert checkpoint.find(trained)[1] == 4
     assert [p.name for p in (trained / "samples").iterdir()] == ["step_0000004.png"]
@@ -210,3 +210,12 @@ def test_speed_is_written_beside_what_is_learnt(trained):
         assert 0 < line["goodput"] < 1 and line["tflops"] > 0
         assert not {*line} & {"loss", "grad_norm"}
     assert any("pause_validation" in line for line in lines)
+
+
+def test_norms_of_the_blocks_are_numbers_of_their_own(trained):
+    for entry in (e for e in read_metrics(trained) if "loss" in e):
+        for name in ("grad_norm", "param_norm", "update_norm"):
+            blocks = [entry.pop(f"{name}/block_{i:02d}") for i in range(2)]
+            assert math.hypot(*blocks) < entry[name]
+            assert entry["step"] == 1 or min(blocks) > 0  # AdaLN-Zero: no gradient at first
+        assert not any("/block" in key for key in entry)

@@ -58,11 +58,15 @@ def test_the_share_of_the_peak_where_the_chip_is_known(clock, monkeypatch):
     class Device:
         device_kind = "TPU v5 lite"
 
-        def memory_stats(self):
-            return {"peak_bytes_in_use": 3_000_000_000}
+        def __init__(self, gb):
+            self._peak = gb * 10**9
 
-    monkeypatch.setattr("jax.devices", lambda: [Device()])
-    monkeypatch.setattr("jax.local_devices", lambda: [Device()])
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self._peak}
+
+    devices = [Device(2), Device(3), Device(1)]
+    monkeypatch.setattr("jax.devices", lambda: devices)
+    monkeypatch.setattr("jax.local_devices", lambda: devices)
     meter = Meter(config, 1, clock)
     meter.step()
     clock.now += 0.5

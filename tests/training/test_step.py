@@ -26,13 +26,17 @@ def run():
 
 @pytest.fixture(scope="module")
 def sgd():
-    """(state, next state, metrics) of one step of w - gradient, by the number of microbatches."""
+    """(state, next state, metrics) of one step of w - gradient, by the number of microbatches.
+
+    Norms of the blocks, too, where there are several.
+    """
 
     @functools.cache
     def stepped(accumulation):
         run = tiny.run()._replace(update=optax.sgd(1.0))
         start = run.state.replace(opt_state=run.update.init(run.state.params))
-        function = jax.jit(run.train_step(accumulation=accumulation))
+        options = {"accumulation": accumulation, "block_norms": accumulation > 1}
+        function = jax.jit(run.train_step(**options))
         end, metrics = function(start, run.frozen, run.batch, KEY)
         return start, end, {name: np.asarray(value) for name, value in metrics.items()}
 
@@ -132,6 +136,20 @@ def test_accumulation_changes_nothing(sgd):
     assert same["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
     assert same["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-5)
     tiny.close(same_end.params, end.params)
+
+
+def test_norms_of_the_blocks(sgd):
+    (_, _, plain), (start, end, metrics) = sgd(1), sgd(4)
+    assert metrics.keys() - plain.keys() == {f"{n}_norm/block" for n in ("grad", "param", "update")}
+    moved = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, end.params, start.params)
+
+    def norms(params):
+        stacked = [x for p, x in flatten_dict(params).items() if p[:2] == ("dit", "blocks")]
+        return [np.sqrt(sum(np.square(np.float64(x[i])).sum() for x in stacked)) for i in (0, 1)]
+
+    np.testing.assert_allclose(metrics["param_norm/block"], norms(end.params), rtol=1e-5)
+    np.testing.assert_allclose(metrics["update_norm/block"], norms(moved), rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm/block"], norms(moved), rtol=1e-4)
 
 
 def test_microbatches_are_rows_taken_in_turn():
