@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 import tarfile
 import tempfile
-import time
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,6 +22,7 @@ from t2i_jax.data import images, sources
 from t2i_jax.data.loader import Loader
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
+from t2i_jax.speed import timing
 
 SIZES = ((512, 512), (768, 512), (1024, 768))  # width, height of the pictures
 TARGET = 512
@@ -47,7 +47,8 @@ def measure(rounds: int = 5, count: int = 24, decoders: bool = False) -> dict[st
                 "loader": lambda loader=loader: loader.batch(0),
             }
             ways |= _decoders(pictures) if decoders else {}
-            seconds = _in_turns(ways, rounds)
+            times = timing.in_turns(ways, rounds)
+        seconds = {way: took.median for way, took in times.items()}
         rates = {way: count / took for way, took in seconds.items()}
         found[f"{width} x {height}"] = {
             "images_per_second_per_core": {way: round(rate, 1) for way, rate in rates.items()},
@@ -157,14 +158,3 @@ def _decoders(pictures: list[bytes]) -> dict[str, Callable[[], Any]]:
             cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), TARGET
         )
     return {name: lambda way=way: [way(data) for data in pictures] for name, way in ways.items()}
-
-
-def _in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one round that does not count."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds + 1):
-        for way, run in ways.items():
-            start = time.perf_counter()
-            run()
-            seconds[way].append(time.perf_counter() - start)
-    return {way: float(np.median(took[1:])) for way, took in seconds.items()}
