@@ -145,9 +145,10 @@ def define_process_flags() -> None:
 def start_processes(same: Mapping[str, Any]) -> None:
     """Before anything touches a device: meets the other processes, if there are (distributed.py).
 
-    `same` is what must be equal on all of them, besides the versions. Raises UserError.
+    After it compiled programs are kept (compilation_cache.py). `same` is what must be equal on all
+    of them, besides the versions. Raises UserError.
     """
-    from t2i_jax import distributed
+    from t2i_jax import compilation_cache, distributed
 
     values = flags.FLAGS
     distributed.start(
@@ -157,6 +158,7 @@ def start_processes(same: Mapping[str, Any]) -> None:
         process_id=values.process_id,
         timeout=values.start_timeout,
     )
+    compilation_cache.enable()
 
 
 def require(**values: Any) -> None:
