@@ -9,8 +9,10 @@ from t2i_jax import compilation_cache
 @pytest.fixture
 def on_tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    yield
+    before = jax.config.jax_compilation_cache_dir  # the tests may have one of their own
     jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_below_the_home_of_the_user_alone(on_tpu, tmp_path):

@@ -47,6 +47,8 @@ _NEEDED = {
     "train.accumulation": 1,
     "train.dtype": "float32",
     "train.frozen_dtype": "float32",
+    "train.llm_quantization": "none",
+    "train.block_norms": False,
 }
 
 

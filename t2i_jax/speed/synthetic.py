@@ -16,8 +16,8 @@ _ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 def like(abstract: Any, vocabulary: int = 1) -> Any:
     """Arrays for a tree of abstract ones that carry their shardings (ShapeDtypeStruct).
 
-    Floats are weights, around 0; int32 are token ids below `vocabulary`; uint8 pixels; uint16 the
-    bits of bfloat16 numbers in [0, 2); booleans are True.
+    Floats are weights, around 0; int8 quantised ones; int32 are token ids below `vocabulary`; uint8
+    pixels; uint16 the bits of bfloat16 numbers in [0, 2); booleans are True.
     """
 
     def make() -> Any:
@@ -41,8 +41,8 @@ def _one(number: int, x: Any, vocabulary: int) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         uniform = (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0  # in [-1, 1)
         return (uniform * _SPREAD * 3**0.5).astype(x.dtype)
-    if x.dtype == jnp.uint8:
-        return (bits >> 24).astype(x.dtype)
+    if x.dtype in (jnp.uint8, jnp.int8):
+        return jax.lax.bitcast_convert_type((bits >> 24).astype(jnp.uint8), x.dtype)
     if x.dtype == jnp.uint16:
         return (bits >> 18).astype(x.dtype)
     return (bits % jnp.uint32(vocabulary)).astype(x.dtype)

@@ -51,7 +51,9 @@ def test_memory_where_it_is_told():
     assert rates.memory_line({}) == ""
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "uint16", "int32", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "uint8", "int8", "uint16", "int32", "bool"]
+)
 def test_synthetic_numbers_are_the_same_on_any_mesh(dtype):
     made = []
     for mesh in (sharding.make_mesh(2, 4), sharding.make_mesh(devices=jax.devices()[:1])):
@@ -65,6 +67,7 @@ def test_synthetic_numbers_are_the_same_on_any_mesh(dtype):
         "float32": (-0.035, 0.035, 0, 0.02),
         "bfloat16": (-0.035, 0.035, 0, 0.02),
         "uint8": (0, 255, 127.5, 73.9),
+        "int8": (-128, 127, -0.5, 73.9),
         "uint16": (0, 2**14 - 1, 2**13, 4730),
         "int32": (0, 9, 4.5, 2.87),
         "bool": (1, 1, 1, 0),
