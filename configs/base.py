@@ -82,6 +82,13 @@ def get_config() -> ConfigDict:
     config.dit.remat = "none"  # 'none' | 'products' | 'outputs' | 'offload' | 'full'
     config.dit.unroll = 1  # layers compiled into one turn of the loop over layers
 
+    # Fine-tuning by low-rank factors of the products of the DiT, and of a source's layers
+    # (models/lora.py): they alone are trained and stored; weights.start is their base.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # r; 0 = off, all of the DiT is trained
+    config.lora.alpha = 16.0  # the factors' product is scaled by alpha / rank
+    config.lora.products = "all"  # of the blocks: 'all' | 'attention' | 'mlp'
+
     # The frozen CLIP text encoder (SD3's first, CLIP L), used only where dit.pooled_width > 0.
     config.clip = ConfigDict()
     config.clip.vocab_size = 49_408

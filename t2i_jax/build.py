@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import quantization, sharding
-from t2i_jax.models import autoencoder, fusion
+from t2i_jax.models import autoencoder, fusion, lora
 from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import FROZEN, TextToImageModel
 
@@ -24,7 +24,13 @@ def model(config: ConfigDict) -> TextToImageModel:
         channels=config.autoencoder.channels,
         dtype=jnp.dtype(config.train.dtype),
         kernel=config.train.attention,
+        lora_scale=lora_scale(config),
     )
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """What the product of two factors is multiplied by; 0 where there are none."""
+    return config.lora.alpha / config.lora.rank if config.lora.rank else 0.0
 
 
 def clip(config: ConfigDict) -> CLIPText | None:
@@ -60,7 +66,8 @@ def _abstract_autoencoder(net: autoencoder.Autoencoder) -> Any:
 def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
     """(trained, frozen) parameters, abstract and boxed with their logical axes.
 
-    Frozen ones have the dtype that they are stored in, but for what `quantised` makes of them.
+    Frozen ones have the dtype that they are stored in, but for what `quantised` makes of them. With
+    low-rank factors these are what is trained, and the rest of the model is frozen, too: 'base'.
     """
     boxed = _boxed(model(config), latent_shape(config))
     trained = {name: part for name, part in boxed.items() if name not in FROZEN}
@@ -70,7 +77,11 @@ def abstract_params(config: ConfigDict) -> tuple[Any, Any]:
         ids = jax.ShapeDtypeStruct((1, config.clip.max_tokens), jnp.int32)
         frozen["clip"] = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
     dtype = jnp.dtype(config.train.frozen_dtype)
-    return trained, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), frozen)
+    if rank := config.lora.rank:
+        frozen["base"] = as_used(trained)
+        trained = lora.factors(trained, rank, config.lora.products)
+    return trained, frozen
 
 
 def as_used(boxed: Any) -> Any:

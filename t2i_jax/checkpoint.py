@@ -217,6 +217,19 @@ class Checkpoints:
                 raise DamagedError(problem)
         return tree
 
+    def arrays(self, step: int, which: str) -> dict[str, np.ndarray]:
+        """Path -> array of the 'ema' or 'params' of a step, read whole: for small ones.
+
+        Raises DamagedError where one is not what was saved.
+        """
+        with _told_as(self.directory / str(step)):
+            expected = self._meta(step).get("digests")
+            with damage(which):
+                found = {path: x.read() for path, x in self.sources(step, which).items()}
+            if problem := _differing({which: found}, expected):
+                raise DamagedError(problem)
+        return found
+
     def sources(self, step: int, which: str) -> dict[str, StoredArray]:
         """Path -> array of the 'ema' or 'params' of a step, none of them read yet."""
         return tree_sources(self.directory / str(step) / which)

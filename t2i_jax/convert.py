@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from t2i_jax import checkpoint, frozen
+from t2i_jax import base_model, build, checkpoint, frozen
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError, MissingError, UserError, users_files
 from t2i_jax.interop import autoencoder, clip, diffusers, llm, native, published, stored
@@ -205,18 +205,22 @@ def _open_checkpoint(path: epath.Path, averaged: bool) -> Stored:
     except MissingError as error:
         hint = _parts_of(path)
         raise MissingError(f"{path} is no model.{hint} {_ELSEWHERE}.\n{error}") from error
+    which = "ema" if averaged else "params"
     with checkpoint.Checkpoints(workdir) as saved:
-        config = saved.config(step)
-        weights = saved.sources(step, "ema" if averaged else "params")
+        config = saved.config(step).copy_and_resolve_references().unlock()
+        if config.lora.rank:
+            base, scale = open_base(config, workdir), build.lora_scale(config)
+            weights = base_model.merge(base, saved.arrays(step, which), scale)
+            config.lora.rank = 0  # what is made of the two is an ordinary model
+        else:
+            weights = saved.sources(step, which)
     parts = frozen.open_parts(config, workdir)
     weights |= parts.weights
     names = ["dit", *(["autoencoder"] if parts.network else []), "clip"]
     expected = expected_shapes(config, parts.network, names[: 3 if config.dit.pooled_width else -1])
     check(f"{path} (step {step})", weights, expected)
-    config = ConfigDict(config)  # the paths are of this machine
-    with config.unlocked():
-        native.point_here(config)
-        config.data.path = "::".join(epath.Path(p).name for p in config.data.path.split("::"))
+    native.point_here(config)  # the paths are of this machine
+    config.data.path = "::".join(epath.Path(p).name for p in config.data.path.split("::"))
     return Stored(
         where=path,
         layout="checkpoint",
@@ -228,6 +232,12 @@ def _open_checkpoint(path: epath.Path, averaged: bool) -> Stored:
         step=step,
         averaged=averaged,
     )
+
+
+def open_base(config: ConfigDict, workdir: epath.PathLike, *, new: bool = False) -> Stored:
+    """The model that the low-rank factors of a run are for, as `base_model.watch` has it."""
+    base_model.require(config.weights.start)
+    return base_model.watch(open_model(config.weights.start), workdir, new=new)
 
 
 # --- writing ---

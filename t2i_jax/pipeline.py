@@ -57,6 +57,8 @@ class Pipeline(NamedTuple):
         workdir, step = checkpoint.find(path)
         with checkpoint.Checkpoints(workdir) as saved:
             config = saved.config(step)
+            if config.lora.rank:
+                return cls._of(convert.open_model(path, averaged=weights == "ema"))
             mesh = _mesh_here(config)
             master = sampler.abstract_params(config, mesh, master=True)
             # First, while there is room: the masters are twice as large as what is held.

@@ -77,7 +77,7 @@ def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[
         ),
         (
             "trained",
-            f"{trained:,} parameters: DiT {c.dit.num_layers} x {c.dit.width}"
+            f"{trained:,} parameters: {_trained(c)}"
             + (f", from {c.weights.start}" if c.weights.start else ""),
         ),
         (
@@ -85,9 +85,15 @@ def _networks(config: ConfigDict, trained: int, frozen: dict[str, int]) -> list[
             f"{frozen['llm']:,} LLM {c.llm.num_layers} x {c.llm.width} "
             f"({c.weights.llm or 'pre-trained here'}{quantised}), "
             f"{frozen['autoencoder']:,} autoencoder ({c.autoencoder.kind})"
-            + (f", {frozen['clip']:,} CLIP" if "clip" in frozen else ""),
+            + (f", {frozen['clip']:,} CLIP" if "clip" in frozen else "")
+            + (f", {frozen['base']:,} base of the factors" if "base" in frozen else ""),
         ),
     ]
+
+
+def _trained(config: ConfigDict) -> str:
+    c, dit = config.lora, f"DiT {config.dit.num_layers} x {config.dit.width}"
+    return f"factors of rank {c.rank} of the {dit}, {c.products} products" if c.rank else dit
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:

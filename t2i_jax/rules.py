@@ -18,6 +18,7 @@ from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
 from t2i_jax.models.conditioning import CONDITIONING
 from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
 from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from t2i_jax.models.lora import PRODUCTS
 from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
 from t2i_jax.models.positions import IMAGE_POSITIONS
 from t2i_jax.quantization import METHODS as QUANTIZATIONS
@@ -33,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dit.prediction": tuple(PREDICTIONS),
     "dit.remat": tuple(REMAT_POLICIES),
     "llm.activation": tuple(ACTIVATIONS),
+    "lora.products": tuple(PRODUCTS),
     "memory.source": tuple(MEMORY_SOURCES),
     "optimizer.name": tuple(OPTIMIZERS),
     "optimizer.schedule": tuple(SCHEDULES),
@@ -62,6 +64,7 @@ RANGES: dict[str, _Range] = {
     "llm.softcap": _OR_ZERO,
     "llm.logit_softcap": _OR_ZERO,
     "memory.first_layer": _OR_ZERO,
+    "lora.rank": _OR_ZERO,
     "dit.table_size": _OR_ZERO,
     "dit.pooled_width": _OR_ZERO,
     "clip.eos_id": _OR_ZERO,
@@ -119,7 +122,7 @@ def contradictions(config: ConfigDict) -> list[str]:
             allowed, words = RANGES.get(key, _POSITIVE)
             if not (math.isfinite(value) and allowed(value)):
                 problems.append(f"{key} = {value} must be {words}")
-    for rules in (_model_rules, _data_rules, _training_rules):
+    for rules in (_model_rules, _lora_rules, _data_rules, _training_rules):
         problems += rules(config)
     return problems
 
@@ -212,6 +215,27 @@ def _memory_rules(config: ConfigDict) -> Iterator[str]:
     if not config.weights.clip:
         yield f"weights.clip = '', but dit.pooled_width = {dit.pooled_width} needs CLIP"
     yield from _divides(config, "clip.width", "clip.num_heads")
+
+
+def _lora_rules(config: ConfigDict) -> Iterator[str]:
+    rank, weights = config.lora.rank, config.weights
+    if rank <= 0:
+        return
+    if not weights.start:
+        yield (
+            f"weights.start = '', but lora.rank = {rank} trains factors of a model that is there: "
+            "name it, an import, an export or a run"
+        )
+    if not weights.llm:
+        yield (
+            f"weights.llm = '', but lora.rank = {rank} needs the language model that its base was "
+            "trained with: name a directory that has it, such as an export of the base"
+        )
+    if config.optimizer.name == "muon":
+        yield (
+            f"optimizer.name = 'muon' is for whole matrices, not for the factors of lora.rank = "
+            f"{rank}: set optimizer.name = 'adamw'"
+        )
 
 
 def _data_rules(config: ConfigDict) -> Iterator[str]:

@@ -17,7 +17,7 @@ from t2i_jax import build, sharding
 from t2i_jax.diffusion import sampling
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.clip import CLIPText
-from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.models.fusion import TextToImageModel, variables
 from t2i_jax.models.memory import TextMemory, concatenate, repeat
 
 
@@ -52,14 +52,16 @@ def draw(
 
     Args:
       sampler: static.
-      weights: {'params': trained, 'frozen': {'llm', 'autoencoder', 'clip' if used}}.
+      weights: {'params': trained, 'frozen': {'llm', 'autoencoder', 'clip' if used}}; with
+        low-rank factors, which are trained, 'base' is among the frozen.
       text: 'ids' and 'mask' (B, T), 'clip_ids' where CLIP is used, of the prompts.
       null: the same of the null prompt, of one row.
       index_B: numbers of the images; the noise of one depends on `key` and its number alone.
       sigmas: noise levels (S + 1,), from 1 to 0.
       guidance: scale; not used where the sampler is not guided.
     """
-    model, trained, fixed = sampler.model, weights["params"], weights["frozen"]
+    model, fixed = sampler.model, weights["frozen"]
+    trained = variables(model, weights["params"], fixed)
 
     def encode_text(text) -> TextMemory:
         llm = {"params": {"llm": fixed["llm"]}}
@@ -67,10 +69,10 @@ def draw(
         pooled = None
         if sampler.clip is not None:
             pooled = sampler.clip.apply({"params": fixed["clip"]}, text["clip_ids"])
-        return model.apply({"params": trained}, features, pooled, method="remember")
+        return model.apply(trained, features, pooled, method="remember")
 
     def denoise(z, t_B, memory):
-        return model.apply({"params": trained}, z, t_B, memory, method="denoise")
+        return model.apply(trained, z, t_B, memory, method="denoise")
 
     memory = encode_text(text)
     null_memory = repeat(encode_text(null), len(index_B))

@@ -48,6 +48,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": ("fsdp", "tensor"),
     "modulation": None,
     "patch": None,
+    "rank": None,  # of a pair of low-rank factors
     "layers": None,
     "norm": None,
 }
@@ -57,20 +58,25 @@ class Named(nn.Partitioned):
     """A parameter with the logical names of its axes; no mesh is consulted where it is unboxed."""
 
     used_in: Any = struct.field(default=None, pytree_node=False)  # dtype it is cast to; None: none
+    inputs: int = struct.field(default=0, pytree_node=False)  # axes that its product contracts
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
 
 
 def with_axes(
-    init: Callable[..., jax.Array], names: tuple[str | None, ...], used_in: Any = None
+    init: Callable[..., jax.Array],
+    names: tuple[str | None, ...],
+    used_in: Any = None,
+    inputs: int = 0,
 ) -> Callable[..., Named]:
     """An initialiser whose result carries the logical names of its axes.
 
     `used_in` is the dtype that the parameter is cast to before any use, if it is: where it is not
-    trained, it may as well be held in that.
+    trained, it may as well be held in that. `inputs` is, of the weight of a product, the number of
+    axes that the product contracts: the first ones.
     """
-    return lambda *args: Named(init(*args), names, used_in=used_in)
+    return lambda *args: Named(init(*args), names, used_in=used_in, inputs=inputs)
 
 
 def make_mesh(data: int = -1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:

@@ -40,8 +40,15 @@ def test_the_flagship_by_hand():
     assert drawn["dit"] == 4 * 25 * 2 * found["dit"] and drawn["llm"] == 5 * found["llm"]
 
 
-@pytest.mark.parametrize("source, attention", [("deep", "joint"), ("shallow", "cross")])
-def test_a_step_is_what_xla_counts_without_loops(source, attention):
+@pytest.mark.parametrize(
+    "source, attention, rank",
+    [
+        ("deep", "joint", 0),
+        ("shallow", "cross", 0),
+        ("shallow", "cross", 16),
+    ],
+)
+def test_a_step_is_what_xla_counts_without_loops(source, attention, rank):
     """Within 2%, at widths where what is element by element is small."""
     config = base.get_config().unlock()
     config.weights.autoencoder = ""
@@ -49,7 +56,7 @@ def test_a_step_is_what_xla_counts_without_loops(source, attention):
     config.llm.update(vocab_size=64, width=512, num_layers=2, num_heads=2, mlp_width=2048)
     config.llm.unroll = config.dit.unroll = 2
     config.dit.update(width=512, num_layers=2, mlp_width=2048, attention=attention)
-    config.memory.source = source
+    config.memory.source, config.lora.rank = source, rank
     config.data.update(image_size=32, max_text_tokens=64)
     config.train.update(dtype="float32", frozen_dtype="float32", batch_size=2, attention="xla")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

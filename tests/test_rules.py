@@ -5,6 +5,7 @@ import pytest
 from t2i_jax import config as configs
 from tests.test_config import changed, problems
 
+LANGUAGE_MODEL = {"weights__llm": "gemma", "weights__tokenizer": "gemma"}
 CONTRADICTIONS = {
     "llm.norm_offset = 0.5 must be 1 or 0": {"llm__norm_offset": 0.5},
     "llm.softcap_shared = True, but llm.softcap = 0.0": {"llm__softcap_shared": True},
@@ -34,6 +35,25 @@ CONTRADICTIONS = {
     },
     "data.chat_template = True, but weights.tokenizer = '' makes one that has none": {
         "data__chat_template": True
+    },
+    "weights.start = '', but lora.rank = 4 trains factors of a model that is there": {
+        **LANGUAGE_MODEL,
+        "lora__rank": 4,
+    },
+    "optimizer.name = 'muon' is for whole matrices, not for the factors of lora.rank = 4": {
+        **LANGUAGE_MODEL,
+        "lora__rank": 4,
+        "weights__start": "run",
+        "optimizer__name": "muon",
+    },
+    "weights.llm = '', but lora.rank = 4 needs the language model that its base was": {
+        "lora__rank": 4,
+        "weights__start": "run",
+        "weights__llm": "",
+        "pretrain__steps": 1,
+    },
+    "lora.products = 'heads' is unknown; known: ['all', 'attention', 'mlp']": {
+        "lora__products": "heads"
     },
     "checkpoint.keep_every = 7500 is no multiple of checkpoint.every = 5000": {
         "checkpoint__keep_every": 7500

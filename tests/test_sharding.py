@@ -207,13 +207,19 @@ def at(tree, path):
     return tree
 
 
-def step_on(sizes):
+LORA = {"lora__rank": 3, "optimizer__name": "adamw"}
+
+
+def step_on(sizes, **changes):
     """A step as the loop runs it, on a mesh: (new state, metrics)."""
-    run, mesh = tiny.run(train__accumulation=2), mesh_of(sizes)
+    run, mesh = tiny.run(train__accumulation=2, **changes), mesh_of(sizes)
     trained = build.sharded(run.boxed, mesh)
     places = state.shardings(run.state, trained, mesh)
-    llm = build.sharded(build.abstract_params(run.config)[1], mesh)["llm"]
-    frozen = {"llm": jax.device_put(run.frozen["llm"], jax.tree.map(lambda x: x.sharding, llm))}
+    like = build.abstract_params(run.config)[1]
+    frozen = {
+        name: jax.device_put(part, sharding.param_shardings(like[name], mesh))
+        for name, part in run.frozen.items()
+    }
     with jax.set_mesh(mesh):
         function = jax.jit(run.train_step(), donate_argnums=0, out_shardings=(places, None))
         return function(
@@ -243,6 +249,24 @@ def test_a_step_is_the_same_on_every_mesh(on_one, sizes):
     assert len(weight.addressable_shards) == 8
     heads = many.ema["dit"]["blocks"]["attention"]["q"]["weight"]
     assert heads.addressable_shards[0].data.shape == (2, 24 // fsdp, 4 // tensor, 8)
+
+
+@pytest.fixture(scope="module")
+def factors_on_one():
+    return step_on((1, 1, 1), **LORA)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_step_of_low_rank_factors_is_the_same_on_every_mesh(factors_on_one, sizes):
+    one, one_metrics = factors_on_one
+    many, metrics = step_on(sizes, **LORA)
+    for name in ("loss", "grad_norm", "update_norm", "param_norm"):
+        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5, err_msg=name)
+    tiny.close(many.params, one.params)
+    pair = many.params["dit"]["blocks"]["attention"]["q"]
+    _, fsdp, tensor = sizes
+    assert pair["a"].addressable_shards[0].data.shape == (2, 24 // fsdp, 3)
+    assert pair["b"].addressable_shards[0].data.shape == (2, 3, 4 // tensor, 8)
 
 
 def test_batches_go_to_the_devices_in_order():

@@ -65,11 +65,13 @@ def params(net: TextToImageModel, seed: int = 0) -> Any:
     """Random parameters, none of them zero, float32."""
     one_token = (net.dit.patch_size, net.dit.patch_size, LATENTS[-1])
     boxed = jax.eval_shape(lambda key: fusion.init(net, key, one_token), jax.random.key(0))
+    return _random(meta.unbox(boxed), seed)
+
+
+def _random(abstract: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.25 * rng.standard_normal(x.shape), jnp.float32),
-        meta.unbox(boxed),
-    )
+    draw = lambda x: jnp.asarray(0.25 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, abstract)
 
 
 def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -131,6 +133,9 @@ def run(seed: int = 0, **changes: Any) -> Run:
     boxed, _ = build.abstract_params(c)
     update, rate = optimizer.make(c.optimizer, c.train.steps, boxed)
     weights = params(net, seed)
+    frozen = {"llm": weights.pop("llm"), "autoencoder": {}}
+    if c.lora.rank:
+        frozen["base"], weights = weights, _random(meta.unbox(boxed), seed)
     rng = np.random.default_rng((seed, 3))
     rows, length, side = c.train.batch_size, c.data.max_text_tokens, c.data.image_size
     batch = {
@@ -138,8 +143,7 @@ def run(seed: int = 0, **changes: Any) -> Run:
         "ids": rng.integers(0, c.llm.vocab_size, (rows, length), np.int32),
         "mask": np.arange(length) < rng.integers(1, length + 1, (rows, 1)),
     }
-    current = state.create({"dit": weights["dit"]}, update)
-    frozen = {"llm": weights["llm"], "autoencoder": {}}
+    current = state.create(weights, update)
     objective = step.Objective(net, build.make_autoencoder(c), **c.flow)
     return Run(c, objective, boxed, update, rate, current, frozen, batch)
 

@@ -71,6 +71,11 @@ class Mapped:
     tensors: tuple[Readable, ...]  # a layer each, or one
 
     @property
+    def stacked(self) -> bool:
+        """Whether its layers are tensors of their own."""
+        return self.rule.stacked
+
+    @property
     def dtype(self) -> np.dtype:
         """Of the file's tensors."""
         return self.tensors[0].dtype
@@ -150,7 +155,7 @@ def _by_path(value: Any, found: Collection[str]) -> dict[str, Any]:
 
 
 def _whole(source: Source, dtype: np.dtype) -> np.ndarray:
-    if not isinstance(source, Mapped) or not source.rule.stacked:
+    if not getattr(source, "stacked", False):
         return np.ascontiguousarray(source.read(), dtype)
     stacked = np.empty(source.shape, dtype)
     for i, layer in enumerate(stacked):

@@ -19,12 +19,12 @@ RESIDUALS = "attention"  # checkpoint name of the kernel's output and normaliser
 _LANES = 128  # lengths and head widths are padded to multiples of it
 _LEAST = 128 * 256  # scores of a head below which padding would cost more than the kernel gives
 
-# Queries and keys of a block at most, by what a core has of VMEM: 16 MB in v4, at least 64 since.
-_BLOCKS = {"TPU v4": (512, 640)}
+# Queries and keys of a block at most, by what a kernel may have of VMEM: 16 MB in v4 and v5e.
+_BLOCKS = {"TPU v4": (512, 640), "TPU v5 lite": (512, 1280)}
 _BLOCK = (1024, 1280)
 _COMPUTED = 640  # keys of which scores are computed at once
 # Of the backward pass, which holds four arrays of scores.
-_BACKWARD_BLOCKS = {"TPU v4": (256, 640)}
+_BACKWARD_BLOCKS = {"TPU v4": (256, 640), "TPU v5 lite": (256, 1280)}
 _BACKWARD_BLOCK = (512, 1280)
 
 

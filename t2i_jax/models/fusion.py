@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t2i_jax.models import lora
 from t2i_jax.models.dit import DiT
 from t2i_jax.models.llm import LLM, from_config
 from t2i_jax.models.memory import Source, TextFeatures, TextMemory, find_source
@@ -30,6 +31,7 @@ class TextToImageModel(nn.Module):
     llm: LLM
     memory: Source
     dit: DiT
+    lora_scale: float = 0.0  # alpha / rank of its low-rank factors; 0: it has none
 
     def read_text(self, ids_BT: jax.Array, mask_BT: jax.Array) -> TextFeatures:
         """What the frozen language model makes of the prompts."""
@@ -62,6 +64,7 @@ def build(
     channels: int,
     dtype=jnp.float32,
     kernel: str = "auto",
+    lora_scale: float = 0.0,
 ) -> TextToImageModel:
     """The model of three config sections. The DiT takes its heads and rotary base from the LLM.
 
@@ -96,7 +99,18 @@ def build(
             dtype=dtype,
             kernel=kernel,
         ),
+        lora_scale=lora_scale,
     )
+
+
+def variables(model: TextToImageModel, trained: Any, frozen: Any) -> dict[str, Any]:
+    """What `model.apply` takes for 'remember' and 'denoise'.
+
+    With low-rank factors these are what is trained, and the rest of the model is `frozen["base"]`.
+    """
+    if not model.lora_scale:
+        return {"params": trained}
+    return {"params": frozen["base"], "lora": lora.scaled(trained, model.lora_scale)}
 
 
 def init(model: TextToImageModel, key: jax.Array, latent_shape: tuple[int, int, int]) -> Any:

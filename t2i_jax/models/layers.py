@@ -48,6 +48,9 @@ class Einsum(nn.Module):
 
     `init` is told the fans, which are read off the equation: the weight's letters that the output
     lacks are inputs, the others outputs. A bias, if any, has the output letters.
+
+    Where the collection 'lora' holds two factors for it, 'a' (inputs, r) and 'b' (r, outputs), the
+    product is x W + (x A) B (lora.py).
     """
 
     equation: str  # e.g. 'BSD,DNH->BSNH'
@@ -63,7 +66,8 @@ class Einsum(nn.Module):
         in_axis = tuple(range(contracted))
         out_axis = tuple(range(contracted, len(self.shape)))
         init = self.init(in_axis=in_axis, out_axis=out_axis)
-        weight = self.param("weight", with_axes(init, self.axes, self.dtype), self.shape)
+        init = with_axes(init, self.axes, self.dtype, contracted)
+        weight = self.param("weight", init, self.shape)
         inputs, outputs = self.shape[:contracted], self.shape[contracted:]
         scale = scale_beside(self, weight)
         weight = weight if scale is not None else weight.astype(self.dtype)
@@ -75,12 +79,22 @@ class Einsum(nn.Module):
         y = product(x, matrix, names, sizes)
         if scale is not None:
             y = (y * scale.reshape(-1)).astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            y = y + self._low_rank(x, names, sizes)
         y = checkpoint_name(y, PRODUCT).reshape(*rows, *outputs)
         if self.bias:
             axes = tuple("norm" if axis == "embed" else axis for axis in self.axes[contracted:])
             bias = self.param("bias", with_axes(zeros, axes), outputs)
             y = y + bias.astype(self.dtype)
         return y
+
+    def _low_rank(self, x: jax.Array, names, sizes) -> jax.Array:
+        """(x A) B of rows (n, inputs): (n, outputs)."""
+        a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+        rank = b.shape[0]
+        into = product(x, a.reshape(-1, rank), (names[0], "rank"), (sizes[0], rank))
+        into = checkpoint_name(into, PRODUCT)
+        return product(into, b.reshape(rank, -1), ("rank", names[1]), (rank, sizes[1]))
 
     def _contracted(self) -> int:
         """How many axes are summed over. Raises ValueError where it is not a linear map."""
@@ -259,6 +273,9 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
+_STACKED = {"params": 0, "lora": 0}  # collections with an entry for each layer
+
+
 def scan_layers(
     block: type[nn.Module], num_layers: int, in_axes, unroll: int = 1
 ) -> type[nn.Module]:
@@ -270,7 +287,7 @@ def scan_layers(
     """
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes=_STACKED,
         split_rngs={"params": True},
         in_axes=in_axes,
         out_axes=0,
@@ -284,7 +301,7 @@ def for_each_layer(module: type[nn.Module], num_layers: int) -> type[nn.Module]:
     """The module once for every layer, all on the same input; outputs and parameters stacked."""
     return nn.vmap(
         module,
-        variable_axes={"params": 0},
+        variable_axes=_STACKED,
         split_rngs={"params": True},
         in_axes=None,
         out_axes=0,

@@ -12,7 +12,8 @@ bytes in the dtype that it is used in: in a training step,
               (F - 1) / F x b       its gradient scattered, and summed over replicas:
               2 (D - 1) / D x b / F
     frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch, of one
-                                    in int8 as bfloat16
+                                    in int8 as bfloat16; the base of low-rank factors again where
+                                    the backward pass runs
 
 and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient. To
 draw, the DiT is gathered at every step, and what is frozen once for the prompts and once for the
@@ -116,7 +117,10 @@ def sample(config: ConfigDict, topology: str) -> Report:
     """The report on drawing one batch, prompts to pixels, by the sampling section of `config`.
 
     `sampling.batch_size` images at once, all devices together, made a multiple of the devices.
+    Low-rank factors are merged before anything is drawn.
     """
+    config = config.copy_and_resolve_references().unlock()
+    config.lora.rank = 0
     machine, mesh = _machine(config, topology)
     shards = sharding.batch_shards(mesh)
     batch, steps = -(-config.sampling.batch_size // shards) * shards, config.sampling.steps
@@ -278,7 +282,14 @@ def ideal(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dict[str
     shards, replicas = mesh.shape["fsdp"], mesh.shape["data"]
     width = jnp.dtype(config.train.dtype).itemsize
     part = (shards - 1) / shards
-    out = Counter(_frozen_traffic(arguments["frozen"], arguments["batch"], mesh))
+    fixed = dict(arguments["frozen"])
+    base = fixed.pop("base", {})
+    out = Counter(_frozen_traffic(fixed, arguments["batch"], mesh))
+    for path, x in jax.tree.leaves_with_path(base):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # Behind the first factors. Time and text have no gradient.
+        again = name.startswith(("dit/blocks/", "dit/out/")) and "/modulation/" not in name
+        out["all-gather"] += (1 + again) * _gathered(x, mesh)
     for x in jax.tree.leaves(arguments["state"].params):
         held_ = math.prod(x.sharding.shard_shape(x.shape))
         if _sharded(x):

@@ -314,7 +314,8 @@ def _attention_flops(instruction: Instruction, operands: tuple[Array, ...]) -> f
 
     Causal or not: blocks that a mask empties are a small part at these lengths.
     """
-    wide = [a.shape for a in operands if a.dtype in ("bf16", "f32") and len(a.shape) == 4]
+    floats = (a.shape for a in operands if a.dtype in ("bf16", "f32"))
+    wide = [(1, *shape)[-4:] for shape in floats if len(shape) in (3, 4)]  # a batch of one is none
     (batch, heads, queries, width), keys = wide[0], wide[1][2]
     products = 5 if "dkv" in instruction.name else 2
     return 2.0 * products * batch * heads * queries * keys * width

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
-from t2i_jax import build, checkpoint, convert, distributed, frozen, plan, sharding
+from t2i_jax import base_model, build, checkpoint, convert, distributed, frozen, plan, sharding
 from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.data.bad import Cause
@@ -22,6 +22,7 @@ from t2i_jax.data.samples import Fault
 from t2i_jax.data.tar import Damage
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import UserError
+from t2i_jax.models import lora
 from t2i_jax.pipeline import Pipeline, trained_params
 from t2i_jax.progress import Progress
 from t2i_jax.training import pretrain, profile, program, state, wandb_log
@@ -51,7 +52,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
     start, saved = config.weights.start, workdir / "checkpoints"
     with distributed.together():
         resumed = saved.exists() and any(saved.iterdir())  # and needs no start any more
-        if start and not resumed and not epath.Path(start).exists():
+        if config.lora.rank:
+            base_model.require(start)
+        elif start and not resumed and not epath.Path(start).exists():
             raise SetupError(f"weights.start = {start!r}: no such directory.")
         if jax.process_index() == 0:  # which alone writes
             wandb_log.check(config.train.wandb)
@@ -150,6 +153,32 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
     checkpoint.save_tree(frozen.llm_path(workdir), params)
 
 
+def first_params(config: ConfigDict, mesh, like: Any) -> Any:
+    """What is trained, before the first step, in the places of the (abstract) tree `like`."""
+    if config.lora.rank:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.INIT)
+        boxed, _ = build.abstract_params(config)
+        places = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(lambda key: lora.init(key, boxed), out_shardings=places)(key)
+    if config.weights.start:
+        return trained_params(convert.open_model(config.weights.start), config, like)
+    return init_part(config, mesh, state.Stream.INIT, tuple(like))
+
+
+def load_base(config: ConfigDict, workdir, like: Any, *, new: bool) -> Any:
+    """The model that low-rank factors are for, in the dtypes and places of `like`.
+
+    It is the one that the run began on; a `new` run notes which that is.
+    """
+    base = convert.open_base(config, workdir, new=new)
+    params = trained_params(base, config, like)
+    if new:
+        with distributed.together():
+            if jax.process_index() == 0:
+                base_model.keep(base, workdir)
+    return params
+
+
 def init_part(config: ConfigDict, mesh, stream: state.Stream, names) -> Any:
     """Freshly initialised parts of the parameters, float32, created sharded; no other is made."""
     trained, fixed = build.abstract_params(config)
@@ -170,14 +199,11 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
     programs = program.make(config, mesh, autoencoder)
     current = saved.restore_newest(programs.state)
+    if config.lora.rank:
+        like = program.abstract_frozen(config, mesh)["base"]
+        frozen_params["base"] = load_base(config, workdir, like, new=current is None)
     if current is None:
-        if config.weights.start:
-            params = trained_params(
-                convert.open_model(config.weights.start), config, programs.state.params
-            )
-        else:
-            params = init_part(config, mesh, state.Stream.INIT, tuple(programs.state.params))
-        current = programs.create(params)
+        current = programs.create(first_params(config, mesh, programs.state.params))
     _check_validation(config, validation_source, mesh)
     train_loader = loader.Loader(
         train_source,

@@ -17,7 +17,7 @@ import optax
 from t2i_jax.diffusion import flow, time
 from t2i_jax.models.autoencoder import Moments
 from t2i_jax.models.clip import CLIPText
-from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.models.fusion import TextToImageModel, variables
 from t2i_jax.sharding import constrain
 from t2i_jax.training.state import TrainState, update_ema
 
@@ -87,10 +87,13 @@ class Objective:
         pooled_BP = self.clip.apply({"params": frozen["clip"]}, batch["clip_ids"])
         return jax.lax.stop_gradient(pooled_BP)
 
-    def loss_B(self, params: Any, inputs: Any) -> jax.Array:
-        """Mean squared error of the velocity, row by row: (B,) float32."""
+    def loss_B(self, params: Any, inputs: Any, frozen: Any = None) -> jax.Array:
+        """Mean squared error of the velocity, row by row: (B,) float32.
+
+        `frozen` is needed where `params` are low-rank factors.
+        """
         z, noise, t_B = inputs["latents"], inputs["noise"], inputs["t"]
-        apply = functools.partial(self.model.apply, {"params": params})
+        apply = functools.partial(self.model.apply, variables(self.model, params, frozen))
         memory = apply(inputs["features"], inputs.get("pooled"), method="remember")
         prediction = apply(flow.interpolate(z, noise, t_B), t_B, memory, method="denoise")
         return flow.mse_B(prediction, flow.velocity(z, noise))
@@ -154,16 +157,16 @@ def make_train_step(
     and 'stop': whether a process was asked to, int32.
     """
 
-    def gradient(params, inputs):
-        return jax.value_and_grad(lambda p: jnp.mean(objective.loss_B(p, inputs)))(params)
+    def gradient(params, inputs, frozen):
+        return jax.value_and_grad(lambda p: jnp.mean(objective.loss_B(p, inputs, frozen)))(params)
 
-    def accumulated(params, inputs):
+    def accumulated(params, inputs, frozen):
         if accumulation == 1:
-            return gradient(params, inputs)
+            return gradient(params, inputs, frozen)
 
         def add(total, part):
             return jax.tree.map(
-                lambda a, b: a + b / accumulation, total, gradient(params, part)
+                lambda a, b: a + b / accumulation, total, gradient(params, part, frozen)
             ), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
@@ -171,7 +174,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen, batch, rng) -> tuple[TrainState, Metrics]:
         inputs = objective.prepare(frozen, batch, jax.random.fold_in(rng, state.step))
-        loss, grads = accumulated(state.params, inputs)
+        loss, grads = accumulated(state.params, inputs, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -207,7 +210,7 @@ def make_validation(objective: Objective, timesteps: tuple[float, ...]) -> Calla
 
         def at(t):
             t_B = jnp.full(inputs["t"].shape, t)
-            return jnp.mean(objective.loss_B(params, {**inputs, "t": t_B}))
+            return jnp.mean(objective.loss_B(params, {**inputs, "t": t_B}, frozen))
 
         return jax.lax.map(at, jnp.asarray(timesteps, jnp.float32))
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from t2i_jax import machines, sharding
+from t2i_jax import build, machines, sharding
 from t2i_jax.speed import compile as compiler
 from t2i_jax.speed import tables
 from t2i_jax.training import program
@@ -81,6 +81,26 @@ def test_weights_are_gathered_and_activations_are_not(report):
     # Muon's products of whole momenta come on top of the weights.
     assert sizes["all-gather"] >= 0.99 * report["ideal_bytes"]["all-gather"]
     assert report["flops"]["compiled"]["llm"] == pytest.approx(report["flops"]["model"]["llm"])
+
+
+def test_factors_leave_their_base_without_a_gradient(config, monkeypatch):
+    """Most is gathered twice, and nothing of its size is computed for it, summed or scattered."""
+    changes = {"lora.rank": 2, "optimizer.name": "adamw", "mesh.data": 1, "mesh.fsdp": 8}
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(changes)
+    report = report_on(config, monkeypatch)
+    memory = report["memory"]
+    assert memory["optimiser"] - 2 * memory["parameters"] in (4, 8)  # AdamW's counts
+    base = build.abstract_params(config)[1]["base"]
+    total = 4 * build.count(base)
+    assert memory["parameters"] < total / 8 < memory["frozen"]
+    back = sum(r["bytes"] for r in report["collectives"] if "reduce" in r["kind"])
+    factors = 4 * build.count(build.abstract_params(config)[0])
+    words = config.train.batch_size * config.data.max_text_tokens * config.llm.width * 4
+    assert back < 2 * (factors + words) < total
+    gathered = sum(r["bytes"] for r in report["collectives"] if r["kind"] == "all-gather")
+    assert 1.3 * 7 / 8 * total < gathered < 1.01 * report["ideal_bytes"]["all-gather"]
+    assert report["flops_ratio"] == pytest.approx(1, rel=0.02)
 
 
 def test_the_report_as_text(report):

@@ -1,0 +1,28 @@
+"""Fine-tuning the flagship on one chip of 16 GB, by low-rank factors:
+
+    python launch/train.py --config=configs/lora_2b.py --config.weights.start=DIR \
+        --config.data.path='DATA/*.tar'
+
+DIR is a model of configs/fusion_2b.py: a run of it, an import or an export. It stays as it is, its
+matrices held in bfloat16; 20 million numbers are trained beside its 2.0 billion (arXiv 2106.09685).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import fusion_2b
+
+
+def get_config() -> ConfigDict:
+    """Rank 16 on every product of the blocks, 2,000 steps of 16 images, two at once."""
+    config = fusion_2b.get_config().unlock()
+    config.name = "lora_2b"
+    config.weights.start = "weights/fusion_2b"
+    config.lora.update(rank=16, alpha=16.0)
+    config.dit.remat = "products"
+    config.optimizer.update(learning_rate=2e-4, warmup_steps=50)
+    config.ema.update(decay=0.99, every=1, warmup=True)  # of a run of 2,000 steps, not of 500,000
+    config.train.update(steps=2_000, batch_size=16, accumulation=8)
+    config.checkpoint.update(every=250)
+    config.validation.update(every=250)
+    config.sampling.update(every=250, batch_size=4)
+    return config.lock()
