@@ -78,8 +78,9 @@ def get_config() -> ConfigDict:
     config.dit.prediction = "velocity"  # 'velocity' | 'data': what the network's output is
     config.dit.qk_norm = True  # RMSNorm on the DiT's own queries and keys
     config.dit.sandwich_norm = False  # a second norm after attention and MLP
-    # What the backward pass recomputes; models/layers.py says what each of these keeps.
-    config.dit.remat = "none"  # 'none' | 'products' | 'outputs' | 'offload' | 'full'
+    # What the backward pass recomputes; models/layers.py says what each of these keeps, docs/tpu.md
+    # what that is in GB. 'products' recomputes no product.
+    config.dit.remat = "products"  # 'none' | 'products' | 'outputs' | 'offload' | 'full'
     config.dit.unroll = 1  # layers compiled into one turn of the loop over layers
 
     # Fine-tuning by low-rank factors of the products of the DiT, and of a source's layers

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     """The model of the scenes on ten digits."""
     config = scenes.get_config().unlock()
     config.name = "digits"
-    config.dit.update(patch_size=4)
+    config.dit.update(patch_size=4, remat="none")
     config.data.update(source="digits", image_size=16, validation_size=297)
     config.sampling.update(
         prompts=tuple(

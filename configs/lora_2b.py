@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config.name = "lora_2b"
     config.weights.start = "weights/fusion_2b"
     config.lora.update(rank=16, alpha=16.0)
-    config.dit.remat = "products"
     config.optimizer.update(learning_rate=2e-4, warmup_steps=50)
     config.ema.update(decay=0.99, every=1, warmup=True)  # of a run of 2,000 steps, not of 500,000
     config.train.update(steps=2_000, batch_size=16, accumulation=8)

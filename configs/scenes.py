@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
         conditioning="adaln-zero",
         prediction="data",
         unroll=4,
+        remat="none",
     )
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     # What goes where is decided where there is most noise: most of the training is there, too.

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
         conditioning="adaln-zero",
         prediction="data",
         unroll=6,
+        remat="none",
     )
     config.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     config.flow.update(shift=2.0)

@@ -92,7 +92,7 @@ def config(**changes: Any) -> ConfigDict:
     c.weights.update(llm="", tokenizer="", autoencoder="")
     c.llm.update(LLM)
     c.pretrain.update(steps=3, batch_size=8, vocab_size=300)
-    c.dit.update(DIT | {"patch_size": 4})
+    c.dit.update(DIT | {"patch_size": 4, "remat": "none"})
     c.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     c.data.update(source="scenes", path="", image_size=16, max_text_tokens=12, validation_size=16)
     c.data.update(num_threads=1, prefetch=2)

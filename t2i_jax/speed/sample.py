@@ -29,6 +29,7 @@ class Recomputing:
     """
 
     model: TextToImageModel
+    lora_scale = 0.0
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:
         """As the model's, for the three methods that sampling uses."""
@@ -60,6 +61,8 @@ def measure(
     With `recompute` the text is read at every step, too, and 'recomputed' holds the ratio of both.
     Raises ConfigError for steps out of range and a batch that does not divide.
     """
+    config = config.copy_and_resolve_references().unlock()
+    config.lora.rank = 0  # factors are merged before anything is drawn
     mesh = sharding.make_mesh(**config.mesh)
     size, steps = batch_size or config.sampling.batch_size, steps or config.sampling.steps
     shards = sharding.batch_shards(mesh)
