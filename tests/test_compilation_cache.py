@@ -1,5 +1,7 @@
 """Where compiled programs are kept, and that the environment has the last word."""
 
+import sys
+
 import jax
 import pytest
 
@@ -41,6 +43,21 @@ def test_nowhere_to_write_is_no_error(on_tpu, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_not_on_cpu(tmp_path):
+def test_every_kind_of_cpu_has_its_own(on_tpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(sys, "platform", "linux")
+    kinds = []
+    for i, text in enumerate(("flags\t: avx avx2", "Features : asimd", "flags : avx2 avx", "")):
+        (info := tmp_path / str(i)).write_text(f"processor : 0\n{text}\nbugs : none\n")
+        kinds.append(compilation_cache._kind_of_cpu(str(info)))
+    assert kinds[0] == kinds[2] != kinds[1] and kinds[3] is None
+    monkeypatch.setattr(compilation_cache, "_kind_of_cpu", lambda: kinds[0])
+    path = compilation_cache.enable({"XDG_CACHE_HOME": str(tmp_path)})
+    assert path == tmp_path / "t2i_jax" / "xla" / kinds[0]
+
+
+def test_not_on_a_mac(on_tpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert compilation_cache.enable({"HOME": str(tmp_path)}) is None
     assert list(tmp_path.iterdir()) == []
