@@ -9,7 +9,7 @@ SCORE_ARGS =
 CPU = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT $$XLA_FLAGS" \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: setup demo test parity lint clean
+.PHONY: setup demo test parity tpu lint clean
 
 setup: .venv/installed
 
@@ -34,6 +34,13 @@ parity: .venv/parity  # against transformers and diffusers in torch, which nothi
 
 .venv/parity: .venv/installed requirements-parity.txt
 	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt
+	touch $@
+
+tpu: .venv/tpu  # what the TPU's compiler makes of the flagship; no TPU is needed
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/tpu
+
+.venv/tpu: .venv/installed
+	.venv/bin/python -m pip install --quiet --no-compile -e ".[tpu]" -c requirements.txt
 	touch $@
 
 lint: setup
