@@ -11,9 +11,12 @@ from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError
 
+_ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
 BEGIN, END = "<!-- what fits: begin -->", "<!-- what fits: end -->"
 PODS = ("v4-256", "v5e-256", "v5p-256", "v6e-64", "v5e-256*2", "tpu7x")
 CHIPS = ("colab-v5e", "colab-v6e")
@@ -81,14 +84,20 @@ def run(rows: Sequence[Row], jobs: int, tell: Callable[[str], Any] = print) -> d
     return found
 
 
+def changed(row: Row) -> ConfigDict:
+    """The config that a row is of."""
+    config = configs.load(str(_ROOT / row.config)).copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict(dict(row.changes))
+    return config
+
+
 def _compile(rows: list[Row]) -> dict[str, Any]:
     from t2i_jax.speed import compile as compiler
 
     out = {}
     for row in rows:
-        config = configs.load(row.config).copy_and_resolve_references().unlock()
-        config.update_from_flattened_dict(dict(row.changes))
-        report = (compiler.sample if row.what == "sample" else compiler.train)(config, row.topology)
+        make = compiler.sample if row.what == "sample" else compiler.train
+        report = make(changed(row), row.topology)
         out[row.name] = {key: value for key, value in report.items() if key != "largest"}
         print(f"  {row.name}: {report['seconds']}", flush=True)
     return out

@@ -26,7 +26,7 @@ def sweep(
     `train.accumulation` is 1: of more rows than fit, make microbatches. `tell` is called with a
     line about each. Raises ConfigError as `compile.train`.
     """
-    rows, largest, each = [], {}, 1
+    rows, largest, best, each = [], {}, 0, 1
     shards = compiler.shards(config, topology)
     for policy in (name for name in REMAT_POLICIES if name != "offload"):
         while each <= MOST:
@@ -38,8 +38,9 @@ def sweep(
             tell(line(report, each))
             if not report["fits"]:
                 break
-            largest[policy] = each * shards
-            each *= 2
+            best, each = each, 2 * each
+        if best:
+            largest[policy] = best * shards
     return {"rows": rows, "largest": largest}
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from t2i_jax import build, machines, sharding
+from t2i_jax import build, machines, sampler, sharding
 from t2i_jax.speed import compile as compiler
 from t2i_jax.speed import tables
 from t2i_jax.training import program
@@ -101,6 +101,27 @@ def test_factors_leave_their_base_without_a_gradient(config, monkeypatch):
     gathered = sum(r["bytes"] for r in report["collectives"] if r["kind"] == "all-gather")
     assert 1.3 * 7 / 8 * total < gathered < 1.01 * report["ideal_bytes"]["all-gather"]
     assert report["flops_ratio"] == pytest.approx(1, rel=0.02)
+
+
+def test_the_report_on_drawing(config, monkeypatch):
+    """What is held is what the pipeline holds; of it the DiT is gathered at every step."""
+    monkeypatch.setattr(machines, "devices", lambda topology: jax.devices())
+    config = config.copy_and_resolve_references().unlock()
+    config.sampling.update(batch_size=5, steps=3)
+    report = compiler.sample(config, "v5e-4")
+    assert report["fits"] and report["batch_size"] == 8 and report["steps"] == 3
+    mesh = sharding.make_mesh(**config.mesh)
+    held = sampler.abstract_params(config, mesh)
+    assert report["memory"]["parameters"] == sharding.bytes_per_device(held)
+    matrices = [x for x in jax.tree.leaves(held) if "fsdp" in x.sharding.spec]
+    gathered = 3 * 3 * sharding.bytes_per_device(matrices)  # of four parts three, in three steps
+    assert report["ideal_bytes"]["all-gather"] > gathered
+    found = sum(r["bytes"] for r in report["collectives"] if r["kind"] == "all-gather")
+    assert found == pytest.approx(report["ideal_bytes"]["all-gather"], rel=0.02)
+    flops = report["flops"]
+    assert flops["compiled"]["dit"] == pytest.approx(flops["model"]["dit"], rel=0.01)
+    text = tables.describe(report)
+    assert "tiny, sample, on v5e-4: fits" in text and "8 images in 3 steps" in text
 
 
 def test_the_report_as_text(report):
