@@ -37,28 +37,15 @@ class Matrix(NamedTuple):
 
 
 def matrices(boxed: Any) -> dict[str, Matrix]:
-    """Path -> matrix, of a tree of `Named` parameters.
-
-    Raises ValueError for one whose axes do not tell which a product sums over.
-    """
+    """Path -> matrix, of a tree of `Named` parameters: weights of products, and embeddings."""
     found = {}
     for path, box in flatten_dict(boxed, sep="/").items():
         stacked = box.names[0] == "layers"
-        names = box.names[stacked:]
-        if path.rsplit("/", 1)[-1] == "weight" and len(names) > 1:
-            found[path] = Matrix(stacked, _inputs(path, names))
+        if box.inputs:
+            found[path] = Matrix(stacked, tuple(range(box.inputs)))
+        elif box.names[0] == "vocab":  # it hands out its rows
+            found[path] = Matrix(stacked, (1,))
     return found
-
-
-def _inputs(path: str, names: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The model's width is one whole side of a matrix; an embedding hands out its rows."""
-    if names[0] == "embed":
-        return (0,)
-    if names[-1] == "embed":
-        return tuple(range(len(names) - 1))
-    if names[0] == "vocab" and len(names) == 2:
-        return (1,)
-    raise ValueError(f"{path}, of axes {names}: which of them does a product sum over?")
 
 
 def scale_of(path: str) -> str:

@@ -12,6 +12,7 @@ from t2i_jax.interop import native
 from t2i_jax.models import layers
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.speed import compile as compiler
+from t2i_jax.speed import ideal
 from t2i_jax.stored_arrays import tree_sources
 from t2i_jax.training import loop, program
 from tests import tiny, toys
@@ -277,7 +278,7 @@ def test_the_report(monkeypatch):
     norms, outputs = 2 * 7 * 16, 32 + 16 + 16 + 16 + 40 + 40 + 16  # bytes; channels of a layer
     held, half = (sharding.bytes_per_device(a["frozen"]) for a in arguments)
     assert half == (held - norms) / 2 + norms + 4 * (304 + 3 * outputs)
-    must = [compiler.ideal(none, a, mesh) for a in arguments]
+    must = [ideal.train_step(none, a, mesh) for a in arguments]
     ids = 3 / 4 * none.train.batch_size // 2 * none.data.max_text_tokens * 4
     assert must[1]["all-gather"] - ids == (must[0]["all-gather"] - ids) / 2
     assert must[1]["reduce-scatter"] == must[0]["reduce-scatter"]  # rows of the embedding

@@ -2,22 +2,8 @@
 
 libtpu holds the compiler that a TPU machine uses; here it compiles the very functions that
 launch/train.py and launch/sample.py run (training/program.py, sampler.py) for abstract devices.
-What is told: whether it fits, what fills the memory, what travels between devices beside what must,
-and how much is computed beside what the model needs.
-
-What must travel, to one device of F shards and D replicas of them, for a sharded parameter of b
-bytes in the dtype that it is used in: in a training step,
-
-    trained   (F - 1) / F x b       gathered for the forward pass, again for the backward pass,
-              (F - 1) / F x b       its gradient scattered, and summed over replicas:
-              2 (D - 1) / D x b / F
-    frozen    (F - 1) / F x b       gathered once; of an embedding, the rows of the batch, of one
-                                    in int8 as bfloat16; the base of low-rank factors again where
-                                    the backward pass runs
-
-and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient. To
-draw, the DiT is gathered at every step, and what is frozen once for the prompts and once for the
-null prompt.
+What is told: whether it fits, what fills the memory, what travels between devices beside what must
+(ideal.py), and how much is computed beside what the model needs.
 """
 
 from collections import Counter, defaultdict
@@ -36,7 +22,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import build, flops, machines, plan, sampler, sharding
 from t2i_jax.models.autoencoder import Autoencoder
-from t2i_jax.speed import hlo
+from t2i_jax.speed import hlo, ideal
 from t2i_jax.training import program, step
 
 Report = dict[str, Any]
@@ -89,7 +75,7 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
         Job("train", config, topology, machine, mesh, how),
         lambda: programs.train_step.lower(*arguments.values()),
         held(arguments),
-        ideal(config, arguments, mesh),
+        ideal.train_step(config, arguments, mesh),
         flops.train_step(config, latents=latents),
         encoder,
     )
@@ -128,11 +114,6 @@ def sample(config: ConfigDict, topology: str) -> Report:
     sampler_ = sampler.make(config, build.make_autoencoder(config), guided=guided)
     arguments = sampler.abstract_arguments(config, mesh, batch, steps)
     weights, text = arguments["weights"], arguments["text"]
-    must = Counter(_frozen_traffic(weights["frozen"], text, mesh))
-    if guided:
-        must.update(_frozen_traffic(weights["frozen"], arguments["null"], mesh))
-    for name, part in weights["params"].items():
-        must["all-gather"] += _gathered(part, mesh) * (steps if name == "dit" else 1 + guided)
     memory = {
         "parameters": sharding.bytes_per_device(weights["params"]),
         "frozen": sharding.bytes_per_device(weights["frozen"]),
@@ -142,7 +123,7 @@ def sample(config: ConfigDict, topology: str) -> Report:
         Job("sample", config, topology, machine, mesh, {"batch_size": batch, "steps": steps}),
         lambda: sampler.draw.lower(sampler_, *arguments.values()),
         memory,
-        dict(must),
+        ideal.sample(arguments, steps, mesh, guided=guided),
         flops.sample(config, batch, steps, guided=guided),
     )
 
@@ -277,58 +258,6 @@ def temporaries(compiled: Any, parsed: hlo.Program, config: ConfigDict) -> dict[
     }
 
 
-def ideal(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Bytes that a device must receive in a training step, by kind, as the module's head has it."""
-    shards, replicas = mesh.shape["fsdp"], mesh.shape["data"]
-    width = jnp.dtype(config.train.dtype).itemsize
-    part = (shards - 1) / shards
-    fixed = dict(arguments["frozen"])
-    base = fixed.pop("base", {})
-    out = Counter(_frozen_traffic(fixed, arguments["batch"], mesh))
-    for path, x in jax.tree.leaves_with_path(base):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # Behind the first factors. Time and text have no gradient.
-        again = name.startswith(("dit/blocks/", "dit/out/")) and "/modulation/" not in name
-        out["all-gather"] += (1 + again) * _gathered(x, mesh)
-    for x in jax.tree.leaves(arguments["state"].params):
-        held_ = math.prod(x.sharding.shard_shape(x.shape))
-        if _sharded(x):
-            out["all-gather"] += 2 * part * held_ * shards * width
-            out["reduce-scatter"] += part * held_ * shards * width
-            out["all-reduce"] += 2 * (replicas - 1) / replicas * held_ * width
-        else:
-            count = shards * replicas
-            out["all-reduce"] += 2 * (count - 1) / count * x.size * x.dtype.itemsize
-    return dict(out)
-
-
-def _gathered(tree: Any, mesh: Mesh) -> float:
-    """Bytes that a device receives where every sharded array of a tree is gathered once."""
-    leaves = [x for x in jax.tree.leaves(tree) if _sharded(x)]
-    return (mesh.shape["fsdp"] - 1) * sharding.bytes_per_device(leaves)
-
-
-def _frozen_traffic(frozen: dict[str, Any], words: dict[str, Any], mesh: Mesh) -> dict[str, float]:
-    """Bytes that a device receives where what is frozen reads `words` once, by kind."""
-    shards, out = mesh.shape["fsdp"], defaultdict(float)
-    part = (shards - 1) / shards
-    for path, x in jax.tree.leaves_with_path(frozen):
-        if not _sharded(x):
-            continue
-        if "embed" not in jax.tree_util.keystr(path):
-            out["all-gather"] += _gathered(x, mesh)
-            continue
-        ids = words["clip_ids" if "clip" in str(path[0]) else "ids"]
-        rows = math.prod(ids.sharding.shard_shape(ids.shape)) * shards
-        out["reduce-scatter"] += part * rows * x.shape[-1] * max(x.dtype.itemsize, 2)
-        out["all-gather"] += part * rows * ids.dtype.itemsize
-    return dict(out)
-
-
-def _sharded(x: Any) -> bool:
-    return any("fsdp" in (e if isinstance(e, tuple) else (e,)) for e in x.sharding.spec)
-
-
 def traffic(runs: Sequence[hlo.Program], must: dict[str, float], devices: int) -> Report:
     """What travels, by kind, dtype and group; and beside it what must."""
     rows: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0, 0.0])
@@ -381,6 +310,8 @@ def suggestions(report: Report, config: ConfigDict) -> list[str]:
             out.append(
                 f"more devices: what is held before any activation is {held_ / 1e9:.1f} GB on each"
             )
+        if report["what"] == "train" and not config.lora.rank:
+            out.append("lora.rank = 16, with weights.start: low-rank factors alone are trained")
     return out
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from t2i_jax import build, machines, sampler, sharding
 from t2i_jax.speed import compile as compiler
-from t2i_jax.speed import tables
+from t2i_jax.speed import ideal, tables
 from t2i_jax.training import program
 from tests import tiny
 
@@ -60,7 +60,7 @@ def test_what_must_travel_by_the_formula(config):
         }
     }
     batch = program.abstract_batch(config, mesh)
-    found = compiler.ideal(config, {"state": State, "frozen": frozen, "batch": batch}, mesh)
+    found = ideal.train_step(config, {"state": State, "frozen": frozen, "batch": batch}, mesh)
     group = config.train.batch_size // 2 * config.data.max_text_tokens  # tokens of four devices
     assert found == pytest.approx(
         {
