@@ -27,7 +27,7 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl and report.json"
 
 test: setup
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=60
 
 parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/parity

@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # r; 0 = off, all of the DiT is trained
     config.lora.alpha = 16.0  # the factors' product is scaled by alpha / rank
-    config.lora.products = "all"  # of the blocks: 'all' | 'attention' | 'mlp'
+    config.lora.products = "all"  # 'all' | 'attention' | 'mlp', of the blocks
 
     # The frozen CLIP text encoder (SD3's first, CLIP L), used only where dit.pooled_width > 0.
     config.clip = ConfigDict()

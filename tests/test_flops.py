@@ -55,7 +55,7 @@ def test_a_step_is_what_xla_counts_without_loops(source, attention, rank):
     config.autoencoder.update(kind="identity", channels=3, downsample=1)
     config.llm.update(vocab_size=64, width=512, num_layers=2, num_heads=2, mlp_width=2048)
     config.llm.unroll = config.dit.unroll = 2
-    config.dit.update(width=512, num_layers=2, mlp_width=2048, attention=attention)
+    config.dit.update(width=512, num_layers=2, mlp_width=2048, attention=attention, remat="none")
     config.memory.source, config.lora.rank = source, rank
     config.data.update(image_size=32, max_text_tokens=64)
     config.train.update(dtype="float32", frozen_dtype="float32", batch_size=2, attention="xla")

@@ -167,12 +167,6 @@ def test_a_value_that_is_no_number_is_named(params):
             placed(bad, (1, 1, 1))
 
 
-def test_axes_that_do_not_tell_what_is_summed_over_are_refused():
-    box = sharding.Named(jax.ShapeDtypeStruct((4, 5), "float32"), ("heads", "mlp"))
-    with pytest.raises(ValueError, match=r"a/weight, of axes \('heads', 'mlp'\): which"):
-        quantization.matrices({"a": {"weight": box}})
-
-
 # --- a run ---
 
 

