@@ -68,15 +68,17 @@ def sweep():
 
 
 def make_table(page):
-    """Compiles the rows that --only names, and writes page and JSON."""
+    """Compiles the rows that --only names, and writes page and JSON after each machine."""
     from t2i_jax.speed import fleet
 
     rows, kept = fleet.choose(ONLY.value), page.with_suffix(".json")
     reports = json.loads(kept.read_text()) if kept.is_file() else {}
-    reports |= fleet.run(rows, JOBS.value)
-    reports = {row.name: reports[row.name] for row in fleet.ROWS if row.name in reports}
-    kept.write_text(json.dumps(reports, indent=1) + "\n")
-    fleet.rewrite(page, fleet.table(reports))
+    fleet.rewrite(page, fleet.table(reports))  # before hours of work: it can be written
+    for new in fleet.run(rows, JOBS.value):
+        reports |= new
+        reports = {row.name: reports[row.name] for row in fleet.ROWS if row.name in reports}
+        kept.write_text(json.dumps(reports, indent=1) + "\n")
+        fleet.rewrite(page, fleet.table(reports))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A process of its own compiles what is asked for one kind of machine, because lib
 once. The encoder of images is compiled once for all configs of a machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 import multiprocessing
 from pathlib import Path
@@ -67,21 +67,24 @@ def choose(only: str) -> list[Row]:
     return found
 
 
-def run(rows: Sequence[Row], jobs: int, tell: Callable[[str], Any] = print) -> dict[str, Any]:
-    """Name -> report of every row, `jobs` machines at once; `tell` is called for each machine."""
+def run(
+    rows: Sequence[Row], jobs: int, tell: Callable[[str], Any] = print
+) -> Iterator[dict[str, Any]]:
+    """{name of a row: its report}, machine by machine as they are done, `jobs` of them at once.
+
+    `tell` is called with a line about each machine.
+    """
     by_machine: dict[str, list[Row]] = {}
     for row in rows:
         by_machine.setdefault(row.topology, []).append(row)
     spawn = multiprocessing.get_context("spawn")
-    found = {}
     with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         waiting = {pool.submit(_compile, part): name for name, part in by_machine.items()}
         for done in as_completed(waiting):
             reports = done.result()
-            found |= reports
             fits = sum(report["fits"] for report in reports.values())
             tell(f"{waiting[done]}: {fits} of {len(reports)} fit")
-    return found
+            yield reports
 
 
 def changed(row: Row) -> ConfigDict:
