@@ -30,7 +30,7 @@ test: setup
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=60
 
 parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q tests/parity
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/parity
 
 .venv/parity: .venv/installed requirements-parity.txt
 	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt

@@ -182,15 +182,13 @@ def test_what_fails_on_one_process_is_told_by_all(members):
         assert all("no such shard" in told for told in others)
 
 
-@pytest.mark.parametrize("name", ["one", "four"])
-def test_a_run_of_two_processes_is_resumed_by_others(runs, tmp_path, name):
+def test_a_run_of_two_processes_is_resumed_by_one(runs, tmp_path):
     workdir = tmp_path / "resumed"
     shutil.copytree(runs["two"], workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
     (workdir / "samples" / "step_0000004.png").unlink()
-    said = training(workdir, *LAYOUTS[name], cache=runs["two"].parent / "programs").finish()
+    said = training(workdir, *LAYOUTS["one"], cache=runs["two"].parent / "programs").finish()
     assert "resumed at step 2 of 4" in said[0]
-    assert not any("resumed" in said[i] for i in said if i)  # one speaks
     agree(runs["two"], workdir)
     assert (workdir / "checkpoints" / "4").exists()
     assert (workdir / "samples" / "step_0000004.png").exists()
