@@ -4,6 +4,7 @@ A device is what JAX counts: a chip, on tpu7x one of the two cores of a chip. Th
 programs may use is what libtpu's compiler says; peaks are the vendors' for dense bfloat16.
 """
 
+import functools
 import os
 import re
 from typing import Any, NamedTuple
@@ -91,8 +92,9 @@ def parse(name: str) -> Topology:
     return Topology(chip, grid, int(slices or 1))
 
 
-def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, none of which is there.
+@functools.lru_cache
+def devices(topology: Topology) -> tuple[Any, ...]:
+    """Devices to compile for, none of which is there; of one topology always the same.
 
     The TPU compiler is in libtpu, which comes with jax[tpu]; it needs no TPU. To be called before
     anything else asks JAX for devices. Raises MissingError without libtpu, ConfigError for a grid
@@ -128,4 +130,4 @@ def devices(topology: Topology) -> list[Any]:
                 "TPU is needed)."
             ) from error
         raise ConfigError(f"libtpu knows no topology {name}: {error}") from error
-    return list(found.devices)
+    return tuple(found.devices)
