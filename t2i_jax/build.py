@@ -6,7 +6,7 @@ from typing import Any
 from flax.core import meta
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from t2i_jax import quantization, sharding
@@ -111,6 +111,30 @@ def sharded(boxed: Any, mesh: Mesh) -> Any:
         meta.unbox(boxed),
         shardings,
     )
+
+
+def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """What is not trained, as `frozen.load` gives it: the autoencoder replicated."""
+    boxed = quantised(config, abstract_params(config)[1])
+    return {name: sharded(part, mesh) for name, part in boxed.items()}
+
+
+def abstract_text(config: ConfigDict, rows: int, place: NamedSharding) -> dict[str, Any]:
+    """Captions as tokens: 'ids' int32 and 'mask' (rows, T); with CLIP 'clip_ids' (rows, 77)."""
+    length = config.data.max_text_tokens
+    arrays = {"ids": (length, jnp.int32), "mask": (length, jnp.bool_)}
+    if config.dit.pooled_width:
+        arrays["clip_ids"] = (config.clip.max_tokens, jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct((rows, size), dtype, sharding=place)
+        for name, (size, dtype) in arrays.items()
+    }
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A key, everywhere."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
 
 def count(tree: Any) -> int:

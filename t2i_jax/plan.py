@@ -16,7 +16,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     """
     check_batch(config, mesh)
     whole, _, _ = program.abstract_state(config, mesh)
-    frozen = program.abstract_frozen(config, mesh)
+    frozen = build.abstract_frozen(config, mesh)
     counts = {k: build.count(v) for k, v in build.abstract_params(config)[1].items()}
     per_device = {
         "parameters": sharding.bytes_per_device(whole.params),

@@ -98,26 +98,17 @@ def abstract_params(config: ConfigDict, mesh: Mesh, *, master: bool = False) -> 
 def abstract_arguments(config: ConfigDict, mesh: Mesh, batch: int, steps: int) -> dict[str, Any]:
     """The arguments of `draw` behind the first, by name, without values."""
 
-    def placed(shape, dtype, where):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    def words(rows, where):
-        length = config.data.max_text_tokens
-        arrays = {"ids": (length, jnp.int32), "mask": (length, jnp.bool_)}
-        if config.dit.pooled_width:
-            arrays["clip_ids"] = (config.clip.max_tokens, jnp.int32)
-        return {name: placed((rows, n), dtype, where) for name, (n, dtype) in arrays.items()}
+    def placed(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     everywhere = sharding.replicated(mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    frozen = build.quantised(config, build.abstract_params(config)[1])
-    fixed = {name: build.sharded(part, mesh) for name, part in frozen.items()}
+    fixed = build.abstract_frozen(config, mesh)
     return {
         "weights": {"params": abstract_params(config, mesh), "frozen": fixed},
-        "text": words(batch, sharding.batch_sharding(mesh)),
-        "null": words(1, everywhere),
-        "index_B": placed((batch,), jnp.int32, everywhere),
-        "key": placed(key.shape, key.dtype, everywhere),
-        "sigmas": placed((steps + 1,), jnp.float32, everywhere),
-        "guidance": placed((), jnp.float32, everywhere),
+        "text": build.abstract_text(config, batch, sharding.batch_sharding(mesh)),
+        "null": build.abstract_text(config, 1, everywhere),
+        "index_B": placed((batch,), jnp.int32),
+        "key": build.abstract_key(mesh),
+        "sigmas": placed((steps + 1,), jnp.float32),
+        "guidance": placed((), jnp.float32),
     }

@@ -16,7 +16,7 @@ import time
 import jax
 import pytest
 
-from t2i_jax import checkpoint, frozen, sharding
+from t2i_jax import build, checkpoint, frozen, sharding
 from t2i_jax.training import program
 from t2i_jax.training.history import goodput
 from t2i_jax.training.preemption import EXIT_PREEMPTED
@@ -158,7 +158,7 @@ def last_state(workdir):
         config = saved.config(STEPS)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         like, _, _ = program.abstract_state(config, mesh)
-        llm = program.abstract_frozen(config, mesh)["llm"]
+        llm = build.abstract_frozen(config, mesh)["llm"]
         return saved.restore(STEPS, like), checkpoint.load_tree(frozen.llm_path(workdir), llm)
 
 

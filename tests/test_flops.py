@@ -64,9 +64,9 @@ def test_a_step_is_what_xla_counts_without_loops(source, attention, rank):
     with jax.set_mesh(mesh):
         compiled = programs.train_step.lower(
             programs.state,
-            program.abstract_frozen(config, mesh),
+            build.abstract_frozen(config, mesh),
             program.abstract_batch(config, mesh),
-            program.abstract_key(mesh),
+            build.abstract_key(mesh),
         ).compile()
     parameters = build.count(programs.state.params)
     theirs = compiled.cost_analysis()["flops"]

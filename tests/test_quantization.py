@@ -99,7 +99,7 @@ def test_shards_are_int8_and_scales_follow_the_outputs(params):
     assert shapes["blocks/mlp/down/scale"] == (3, 16)
     assert shapes["embed/weight"] == (76, 16) and shapes["embed/scale"] == (304,)
     total = sum(x.size * x.dtype.itemsize for x in held.values())
-    like = program.abstract_frozen(config, mesh)["llm"]
+    like = build.abstract_frozen(config, mesh)["llm"]
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)) == total
 
 
@@ -264,7 +264,7 @@ def test_the_report(monkeypatch):
     arguments = [
         {
             "state": type("State", (), {"params": {}}),
-            "frozen": program.abstract_frozen(config, mesh),
+            "frozen": build.abstract_frozen(config, mesh),
             "batch": program.abstract_batch(config, mesh),
         }
         for config in (none, int8)

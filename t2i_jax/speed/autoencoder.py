@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from t2i_jax import build, flops, sharding
 from t2i_jax.errors import ConfigError
 from t2i_jax.speed import rates, synthetic, timing
-from t2i_jax.training import program
 
 
 def measure(config: ConfigDict, rounds: int = 5, batch_size: int | None = None) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def measure(config: ConfigDict, rounds: int = 5, batch_size: int | None = None) 
     side, shape = config.data.image_size, build.latent_shape(config)
     place = sharding.batch_sharding(mesh)
     arrays = {
-        "params": program.abstract_frozen(config, mesh)["autoencoder"],
+        "params": build.abstract_frozen(config, mesh)["autoencoder"],
         "images": jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32, sharding=place),
         "latents": jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=place),
     }

@@ -56,11 +56,11 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
     plan.check_batch(config, mesh)
     autoencoder = build.make_autoencoder(config)
     programs = program.make(config, mesh, autoencoder)
-    fixed = program.abstract_frozen(config, mesh)
+    fixed = build.abstract_frozen(config, mesh)
     batch = program.abstract_batch(config, mesh, latents=latents)
     with jax.set_mesh(mesh):
         taken = program.abstract_encoded(programs, fixed, batch)
-    key = program.abstract_key(mesh)
+    key = build.abstract_key(mesh)
     arguments = {"state": programs.state, "frozen": fixed, "batch": taken, "key": key}
     encoder = None
     if taken.keys() != batch.keys():

@@ -35,6 +35,7 @@ def config_of(size: str) -> ConfigDict:
     c.llm.update(vocab_size=512, width=width, num_layers=layers, num_heads=width // 64)
     c.llm.update(num_kv_heads=width // 128, head_width=64, mlp_width=2 * width, unroll=layers)
     c.dit.update(width=width, num_layers=layers, mlp_width=3 * width, patch_size=4, unroll=layers)
+    c.dit.remat = "none"  # by hand, too, everything is kept
     c.autoencoder.update(kind="identity", channels=3, downsample=1, scale=1.0, shift=0.0)
     c.data.update(image_size=side, max_text_tokens=16)
     c.ema.update(decay=0.99, every=1)
@@ -49,7 +50,7 @@ class Pair:
     def __init__(self, config: ConfigDict):
         plain.check(config)
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        frozen = program.abstract_frozen(config, mesh)
+        frozen = build.abstract_frozen(config, mesh)
         batch = program.abstract_batch(config, mesh)
         self._key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
         self.batch = synthetic.like(batch, config.llm.vocab_size)

@@ -64,7 +64,7 @@ class Step:
     def __init__(self, config: ConfigDict, mesh: Any, *, latents: bool = False, clock=None):
         clock = clock or time.perf_counter
         programs = program.make(config, mesh, build.make_autoencoder(config))
-        frozen = program.abstract_frozen(config, mesh)
+        frozen = build.abstract_frozen(config, mesh)
         batch = program.abstract_batch(config, mesh, latents=latents)
         taken = program.abstract_encoded(programs, frozen, batch)
         start = clock()

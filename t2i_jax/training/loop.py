@@ -200,7 +200,7 @@ def assemble(config, workdir, mesh, train_source, validation_source, saved) -> P
     programs = program.make(config, mesh, autoencoder)
     current = saved.restore_newest(programs.state)
     if config.lora.rank:
-        like = program.abstract_frozen(config, mesh)["base"]
+        like = build.abstract_frozen(config, mesh)["base"]
         frozen_params["base"] = load_base(config, workdir, like, new=current is None)
     if current is None:
         current = programs.create(first_params(config, mesh, programs.state.params))

@@ -72,31 +72,19 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> tuple[state.TrainState, An
     return jax.tree.map(_placed, whole, places), update, rate
 
 
-def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """What is not trained, as `frozen.load` gives it: the autoencoder replicated."""
-    boxed = build.quantised(config, build.abstract_params(config)[1])
-    return {name: build.sharded(part, mesh) for name, part in boxed.items()}
-
-
 def abstract_batch(
     config: ConfigDict, mesh: Mesh, *, latents: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of square images, or of stored `latents`, as a loader makes it."""
-    count, length = config.train.batch_size, config.data.max_text_tokens
+    count, place = config.train.batch_size, sharding.batch_sharding(mesh)
     height, width, channels = build.latent_shape(config)
     side = config.data.image_size
-    arrays = {"ids": ((length,), jnp.int32), "mask": ((length,), jnp.bool_)}
     if latents:
-        arrays["moments"] = (height, width, 2 * channels), jnp.uint16
+        name, shape, dtype = "moments", (height, width, 2 * channels), jnp.uint16
     else:
-        arrays["image"] = (side, side, 3), jnp.uint8
-    if config.dit.pooled_width:
-        arrays["clip_ids"] = (config.clip.max_tokens,), jnp.int32
-    place = sharding.batch_sharding(mesh)
-    return {
-        name: _placed(jax.ShapeDtypeStruct((count, *shape), dtype), place)
-        for name, (shape, dtype) in arrays.items()
-    }
+        name, shape, dtype = "image", (side, side, 3), jnp.uint8
+    picture = jax.ShapeDtypeStruct((count, *shape), dtype, sharding=place)
+    return {**build.abstract_text(config, count, place), name: picture}
 
 
 def abstract_encoded(programs: Program, frozen: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -104,11 +92,6 @@ def abstract_encoded(programs: Program, frozen: Any, batch: dict[str, Any]) -> d
     place = batch["ids"].sharding
     encoded = jax.eval_shape(programs.encoded, frozen, batch)
     return {name: _placed(x, place) for name, x in encoded.items()}
-
-
-def abstract_key(mesh: Mesh) -> Any:
-    """A key, everywhere."""
-    return _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
 
 
 def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:

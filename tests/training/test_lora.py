@@ -13,7 +13,7 @@ from t2i_jax import base_model, build, checkpoint, convert
 from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.models import lora
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import loop, program
+from t2i_jax.training import loop
 from tests import tiny, toys
 
 PROMPTS = ["a red ring", "two blue squares"]
@@ -52,7 +52,7 @@ def unmerged(run, base):
     """The run's pipeline as it draws in training: base and factors side by side."""
     workdir, last = run
     c, plain = config(base), Pipeline.load(base)
-    like = program.abstract_frozen(c, plain.mesh)["base"]
+    like = build.abstract_frozen(c, plain.mesh)["base"]
     params = loop.load_base(c, workdir, like, new=False)
     return plain, plain._replace(config=c, params=last.ema, frozen={**plain.frozen, "base": params})
 
