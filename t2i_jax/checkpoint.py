@@ -18,7 +18,6 @@ when it is back, on whatever mesh; and the rest of meta/ has a checksum.
 from collections.abc import Iterator
 import contextlib
 import json
-import logging
 import sys
 from typing import Any
 import zlib
@@ -32,7 +31,7 @@ import orbax.checkpoint as ocp
 
 from t2i_jax import config as config_lib
 from t2i_jax import digest
-from t2i_jax.damage import DamagedError, StorageError, damage, forget, reason_of
+from t2i_jax.damage import DamagedError, StorageError, damage, forget, reason_of, tell_once
 from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.stored_arrays import StoredArray, tree_sources
 from t2i_jax.training.state import TrainState
@@ -54,6 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int | None = None, keep_every: int = 0):
+        tell_once()
         self._workdir = epath.Path(workdir).absolute()
         self.directory = self._workdir / "checkpoints"
         policies = ocp.checkpoint_managers.preservation_policy
@@ -310,14 +310,6 @@ def _told_as(where: epath.Path) -> Iterator[None]:
         raise DamagedError(
             f"{where} is damaged: {error}. Give an older checkpoint of its folder."
         ) from error
-
-
-def _told_elsewhere(record: logging.LogRecord) -> bool:
-    """False of what orbax logs of the errors that it raises: they are told once, by a message."""
-    return "orbax" not in record.pathname or record.levelno < logging.ERROR
-
-
-logging.getLogger("absl").addFilter(_told_elsewhere)
 
 
 def _warn(text: str) -> None:

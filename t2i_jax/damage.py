@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import gc
+import logging
 import sys
 import traceback
 
@@ -13,6 +15,7 @@ from t2i_jax.errors import UserError
 # What TensorStore says where a checkpoint may well be good, but cannot be had.
 _ELSEWHERE = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
 _ELSEWHERE += ("UNAUTHENTICATED", "UNAVAILABLE")
+_CLOSED = "Event loop is closed"  # asyncio's words
 _LENGTH = 400  # characters of a reason: what failed comes first, why last
 
 
@@ -43,6 +46,33 @@ def forget(error: BaseException | None) -> None:
         gc.collect()
     finally:
         sys.unraisablehook = hook
+
+
+@functools.cache
+def tell_once() -> None:
+    """From now on nothing is printed of the errors that orbax raises: a message tells them.
+
+    It logs them as well; and of a tree that cannot be written, each array's task complains when it
+    is deleted (asyncio), or when TensorStore wants to tell it that it has failed, too.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    hook = sys.unraisablehook
+
+    def heard(raised):
+        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == _CLOSED):
+            hook(raised)
+
+    sys.unraisablehook = heard
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.ERROR:
+        return True
+    said = [record.pathname, record.getMessage()]
+    if record.exc_info and record.exc_info[2]:
+        said += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return not any("orbax" in text for text in said)
 
 
 @contextlib.contextmanager

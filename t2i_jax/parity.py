@@ -229,7 +229,7 @@ def _sample(golden: Golden, later: Callable[[memory.TextMemory], memory.TextMemo
 
         def velocity(change):
             texts = (change(text) for text in (prompts, null))
-            return sampling.guided(denoise, *texts, scale, memory.concatenate)
+            return sampling.guided(denoise, *texts, scale, memory.interleave)
 
         null, prompts = encode(slice(half)), encode(slice(half, None))
         latents = sampling.euler(velocity(lambda text: text), noise, sigmas[:2])

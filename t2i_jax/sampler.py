@@ -18,7 +18,7 @@ from t2i_jax.diffusion import sampling
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.clip import CLIPText
 from t2i_jax.models.fusion import TextToImageModel, variables
-from t2i_jax.models.memory import TextMemory, concatenate, repeat
+from t2i_jax.models.memory import TextMemory, interleave, repeat
 
 
 class Sampler(NamedTuple):
@@ -77,7 +77,7 @@ def draw(
     memory = encode_text(text)
     null_memory = repeat(encode_text(null), len(index_B))
     scale = guidance if sampler.guided else 1
-    velocity = sampling.guided(denoise, memory, null_memory, scale, concatenate)
+    velocity = sampling.guided(denoise, memory, null_memory, scale, interleave)
     shape = sampler.latent_shape
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index_B)
     noise = sharding.constrain(noise, "batch", None, None, None)

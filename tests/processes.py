@@ -40,8 +40,8 @@ class Training:
     def __init__(self, workdir, cache, *flags, devices=2, fill=False, name=""):
         self.workdir = workdir
         workdir.mkdir(exist_ok=True)
-        self._log = workdir.parent / f"{workdir.name}{name}.log"
-        self._start, self._end = self._log.stat().st_size if self._log.exists() else 0, None
+        number = len(list(workdir.parent.glob(f"{workdir.name}{name}.*.log")))
+        self._log = workdir.parent / f"{workdir.name}{name}.{number}.log"  # small, on any disk
         config = [f"--config.{s}.{k}={v}" for s, keys in TINY.items() for k, v in keys.items()]
         environment = {
             "XLA_FLAGS": re.sub(
@@ -51,7 +51,7 @@ class Training:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill else "1e9",
         }
-        with self._log.open("ab") as log:
+        with self._log.open("xb") as log:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
@@ -68,7 +68,7 @@ class Training:
         self._deadline = time.monotonic() + LIMIT
 
     def output(self):
-        return self._log.read_bytes()[self._start : self._end].decode(errors="replace")
+        return self._log.read_text(errors="replace")
 
     def steps(self):
         """The newest training step that metrics.jsonl tells of, whoever wrote it."""
@@ -105,7 +105,6 @@ class Training:
             return self.process.wait(max(0, self._deadline - time.monotonic()))
         finally:
             self.process.kill()
-            self._end = self._log.stat().st_size
 
     def finish(self):
         assert self.end() == 0, self.output()

@@ -138,6 +138,7 @@ def test_a_full_disk_stops_it_with_the_last_checkpoint_intact(hurt):
     said = hurt.filled.output()
     assert f"could not be written to {hurt.workdir}/checkpoints: " in said
     assert f"Checkpoint {hurt.intact} is intact. Make room for it" in said
+    assert "Traceback" not in said and "never retrieved" not in said
     assert all(name.isdigit() or "tmp" in name for name in hurt.left)
     assert hurt.last.resumed() == hurt.intact
 

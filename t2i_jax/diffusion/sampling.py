@@ -27,9 +27,9 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale) -> jax.Array:
 
 
 def guided(denoise: Callable, memory, null_memory, scale, join: Callable) -> Velocity:
-    """The guided velocity from `denoise(z, t_B, memory)`; both halves in one batch.
+    """The guided velocity from `denoise(z, t_B, memory)`; both prompts in one batch, row by row.
 
-    `join(null_memory, memory)` concatenates two memories along the batch. At scale 1 (a Python
+    `join(null_memory, memory)` has rows of the two by turns along the batch. At scale 1 (a Python
     number) the null prompt is not evaluated at all.
     """
     if isinstance(scale, int | float) and scale == 1:
@@ -37,9 +37,9 @@ def guided(denoise: Callable, memory, null_memory, scale, join: Callable) -> Vel
     both = join(null_memory, memory)
 
     def velocity(z, t_B):
-        v = denoise(jnp.concatenate([z, z]), jnp.concatenate([t_B, t_B]), both)
-        unconditional, conditional = jnp.split(v, 2)
-        return guide(conditional, unconditional, scale)
+        v = denoise(jnp.repeat(z, 2, axis=0), jnp.repeat(t_B, 2), both)
+        v = v.reshape(-1, 2, *v.shape[1:])
+        return guide(v[:, 1], v[:, 0], scale)
 
     return velocity
 

@@ -240,9 +240,18 @@ def _along_batch(join, *memories: TextMemory) -> TextMemory:
     return TextMemory(**{name: one(name, *(getattr(m, name) for m in memories)) for name in names})
 
 
-def concatenate(*memories: TextMemory) -> TextMemory:
-    """Joins memories of one model along the batch; their text lengths T must be equal."""
-    return _along_batch(jnp.concatenate, *memories)
+def interleave(*memories: TextMemory) -> TextMemory:
+    """The first rows of memories of one model, then the second ones; their lengths T are equal.
+
+    Not one memory after the other: where the batch is in shards, each would hold rows that belong
+    to two others then.
+    """
+
+    def rows(arrays, axis):
+        stacked = jnp.stack(arrays, axis + 1)
+        return stacked.reshape(*stacked.shape[:axis], -1, *stacked.shape[axis + 2 :])
+
+    return _along_batch(rows, *memories)
 
 
 def repeat(memory: TextMemory, times: int) -> TextMemory:

@@ -81,7 +81,7 @@ def test_both_prompts_are_read_in_one_batch(scale):
         return denoise(z, t_B, memory)
 
     memory, null, t_B = jnp.array([2.0, 5.0]), jnp.array([-1.0, 0.5]), jnp.array([0.3, 0.3])
-    v = sampling.guided(counted, memory, null, scale, lambda a, b: jnp.concatenate([a, b]))(
+    v = sampling.guided(counted, memory, null, scale, lambda *x: jnp.stack(x, 1).ravel())(
         NOISE, t_B
     )
     assert calls == [4]

@@ -145,19 +145,21 @@ def test_unknown_sources_are_refused():
         memory.find_source("wide")
 
 
-def test_concatenate_and_repeat_are_along_the_batch():
+def test_interleave_and_repeat_are_along_the_batch():
     made = remember(source("middle", 5, first_layer=2))
     made = made.replace(pooled_BP=jnp.arange(6.0).reshape(B, 3))
-    joined = memory.concatenate(made, made)
+    other = jax.tree.map(lambda x: x if x.dtype == bool else x + 1, made)
+    joined = memory.interleave(made, other)
     batch = {"keys_LBTKH": 1, "values_LBTKH": 1, "mask_BT": 0, "start_B": 0, "pooled_BP": 0}
     for name, axis in batch.items():
-        both, one = np.asarray(getattr(joined, name)), np.asarray(getattr(made, name))
-        np.testing.assert_array_equal(both, np.concatenate([one, one], axis))
+        both, one, two = (np.asarray(getattr(m, name)) for m in (joined, made, other))
+        np.testing.assert_array_equal(both.take(range(0, 2 * B, 2), axis), one)
+        np.testing.assert_array_equal(both.take(range(1, 2 * B, 2), axis), two)
         only = memory.repeat(jax.tree.map(lambda x: x, made), 1)
         np.testing.assert_array_equal(getattr(only, name), one)
     np.testing.assert_array_equal(joined.seen_L, made.seen_L)
     three = memory.repeat(made, 3)
     np.testing.assert_array_equal(three.start_B, [3, 3, 3, 1, 1, 1])
     assert three.keys_LBTKH.shape == (5, 6, T, K, H)
-    plain = memory.concatenate(made.replace(pooled_BP=None), made.replace(pooled_BP=None))
+    plain = memory.interleave(made.replace(pooled_BP=None), made.replace(pooled_BP=None))
     assert plain.pooled_BP is None
