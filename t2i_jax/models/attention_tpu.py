@@ -19,13 +19,13 @@ RESIDUALS = "attention"  # checkpoint name of the kernel's output and normaliser
 _LANES = 128  # lengths and head widths are padded to multiples of it
 _LEAST = 128 * 256  # scores of a head below which padding would cost more than the kernel gives
 
-# Queries and keys of a block at most, by what a kernel may have of VMEM: 16 MB in v4 and v5e.
-_BLOCKS = {"TPU v4": (512, 640), "TPU v5 lite": (512, 1280)}
-_BLOCK = (1024, 1280)
+# Queries and keys of a block at most, and of one in the backward pass, which holds four arrays of
+# scores: by what a kernel may have of VMEM, which is 16 MB in v4 and v5.
+_SMALL, _MIDDLE = ((512, 640), (256, 640)), ((512, 1280), (256, 1280))
+_LARGE = ((1024, 1280), (512, 1280))
+_BLOCKS = {"TPU v4": _SMALL, "TPU v5 lite": _MIDDLE}  # others have the large ones
+_FAT = 512  # bytes of a head above which they do not: float32, or the autoencoder's
 _COMPUTED = 640  # keys of which scores are computed at once
-# Of the backward pass, which holds four arrays of scores.
-_BACKWARD_BLOCKS = {"TPU v4": (256, 640), "TPU v5 lite": (256, 1280)}
-_BACKWARD_BLOCK = (512, 1280)
 
 
 def suits(q_BINH: jax.Array, k_BSKH: jax.Array) -> bool:
@@ -84,7 +84,7 @@ def _on_one_device(q_BINH, k_BSKH, v_BSKH, mask_BS, *, scale, causal, softcap) -
         splash.MultiHeadMask([mask] * q.shape[1]),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=block_sizes(*shape, kind),
+        block_sizes=block_sizes(*shape, q.shape[3] * q.dtype.itemsize, kind),
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=RESIDUALS,
         interpret=platform != "tpu",
@@ -93,12 +93,10 @@ def _on_one_device(q_BINH, k_BSKH, v_BSKH, mask_BS, *, scale, causal, softcap) -
     return out_BNIH[:, :, :queries, :width].swapaxes(1, 2)
 
 
-def block_sizes(queries: int, keys: int, kind: str) -> Any:
-    """Blocks for padded lengths on a device of this kind: the largest that divide and fit."""
-    block_q, block_kv = _BLOCKS.get(kind, _BLOCK)
-    back_q, back_kv = _BACKWARD_BLOCKS.get(kind, _BACKWARD_BLOCK)
-    q, kv = _divisor(queries, block_q), _divisor(keys, block_kv)
-    q_back, kv_back = _divisor(queries, back_q), _divisor(keys, back_kv)
+def block_sizes(queries: int, keys: int, head_bytes: int, kind: str) -> Any:
+    """Blocks for padded lengths and heads on a device of this kind: the largest that fit."""
+    most = _BLOCKS.get(kind, _LARGE if head_bytes <= _FAT else _MIDDLE)
+    (q, kv), (q_back, kv_back) = ((_divisor(queries, n), _divisor(keys, m)) for n, m in most)
     return _splash().BlockSizes(
         block_q=q,
         block_kv=kv,

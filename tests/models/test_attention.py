@@ -114,8 +114,14 @@ def test_kernels_suit_shapes_and_devices():
     assert attention_tpu.suits(image, text)
     assert not attention_tpu.suits(like(4, 36, 4, 64), like(4, 60, 1, 64))
     assert not attention_tpu.suits(like(4, 1024, 8, 16), like(4, 1280, 1, 16))
-    for kind in ("TPU v4", "TPU v5 lite", "TPU v6 lite"):
-        blocks = attention_tpu.block_sizes(1024, 1280, kind)
+    for kind, head_bytes, wanted in (
+        ("TPU v4", 512, (512, 640)),
+        ("TPU v5 lite", 512, (512, 1280)),
+        ("TPU v5", 512, (1024, 1280)),
+        ("TPU v5", 1024, (512, 1280)),
+    ):
+        blocks = attention_tpu.block_sizes(1024, 1280, head_bytes, kind)
+        assert (blocks.block_q, blocks.block_kv) == wanted
         assert 1024 % blocks.block_q == 1280 % blocks.block_kv == 0
         assert 1024 % blocks.block_q_dkv == 1280 % blocks.block_kv_dkv == 0
     assert attention_gpu.suits(like(4, 1024, 8, 128), 0.0)
