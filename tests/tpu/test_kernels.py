@@ -42,7 +42,6 @@ def compile_(queries, keys, width, dtype, gradient):
 
 compile_(4096, 4096, 512, jnp.float32, False)  # the autoencoder
 compile_(1024, 1280, 256, jnp.bfloat16, True)  # the DiT
-compile_(1024, 1280, 256, jnp.float32, True)
 """
 MACHINES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 MACHINES["tpu7x"] = "tpu7x:2x2x1"
@@ -53,4 +52,4 @@ def test_it_has_room_in_fast_memory(chip):
     command = [sys.executable, "-c", COMPILE, MACHINES[chip]]
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.stdout.count("compiled") == 3, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 2, done.stderr[-3000:]
