@@ -217,8 +217,8 @@ def get_config() -> ConfigDict:
         "two blue cups to the left of a yellow vase",
     )
 
-    # devices = data x fsdp x tensor. One of them may be -1: the rest; data and fsdp both: as many
-    # shards as a slice has devices, up to 64, and replicas of these.
+    # devices = data x fsdp x tensor. One of them may be -1: the rest; data and fsdp both: 8 to 64
+    # shards, along whole axes of a slice's torus but not all of them, and replicas of these.
     config.mesh = ConfigDict()
     config.mesh.data = -1  # replicas of the parameters; a multiple of the slices
     config.mesh.fsdp = -1  # shards of parameters, optimiser state and batch

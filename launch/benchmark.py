@@ -42,8 +42,8 @@ def measure(command, rounds):
     from t2i_jax.speed import autoencoder, data, sample, startup, step, train
 
     config, batch = CONFIG.value, BATCH_SIZE.value
-    given = [word for word in sys.argv[1:] if word.startswith("--config")]
-    script = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *given]
+    script = [sys.executable, str(Path(__file__).resolve().with_name("train.py"))]
+    script += [f"--{flag}={value}" for flag, value in cli.config_arguments("config", sys.argv)]
     steps = {"batch_size": batch, "steps": STEPS.value, "recompute": RECOMPUTE.value}
     module, way = {
         "train": (train, lambda: train.measure(config, rounds, latents=LATENTS.value)),
@@ -62,6 +62,10 @@ def main(argv):
     cli.check_command(command, words, {name: [] for name in COMMANDS})
     if command not in ("step", "data"):
         cli.require(config=CONFIG.value)
+    if command == "step":
+        cli.require(sizes=SIZES.value)
+    if command in ("startup", "data"):
+        cli.refuse("coordinator", "num_processes", "process_id", where=command)
     out = cli.output(OUT.value, ".json") if OUT.value else None
     if command not in ("startup", "data"):
         cli.start_processes({"command": command, "rounds": ROUNDS.value})

@@ -40,6 +40,8 @@ def main(_):
     if TOPOLOGY.value == "list":
         return print("\n".join(machines.NAMES))
     cli.require(config=CONFIG.value, topology=TOPOLOGY.value)
+    if WHAT.value == "sample":
+        cli.refuse("sweep", "latents", where="--what=sample")
     out = cli.output(OUT.value, ".json") if OUT.value else None
     report, text = sweep() if SWEEP.value else one()
     print(text)

@@ -168,12 +168,31 @@ def require(**values: Any) -> None:
         raise ConfigError(f"{' and '.join(absent)} must be given (--help lists all flags).")
 
 
+def refuse(*names: str, where: str) -> None:
+    """Raises ConfigError for flags that are given but are not read there."""
+    given = [f"--{name}" for name in names if flags.FLAGS[name].value]
+    if given:
+        raise ConfigError(f"{' and '.join(given)} does not go with {where} (--help).")
+
+
+def config_arguments(name: str, argv: Sequence[str]) -> list[tuple[str, str]]:
+    """(flag, value) of `--config=path --config.section.key=value ...`, however they are typed."""
+    found = [one for one in _arguments(argv) if one[0].partition(".")[0] == name]
+    return [
+        (flag, "false" if raw.lstrip("-").startswith("no") else "true" if value is None else value)
+        for flag, value, raw in found
+    ]
+
+
 def output(value: str, suffix: str) -> epath.Path:
     """The path of --out, its folder made. Raises ConfigError where no such file can be written."""
     path = epath.Path(value)
     if path.suffix != suffix or path.is_dir():
         raise ConfigError(f"--out={value} must be a file that ends in {suffix}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={value}: {error}.") from error
     return path
 
 
@@ -182,5 +201,13 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error, error.exit_code)
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        _end(f"Paths like gs://... need a package: pip install -e '.[gcs]' ({error}).", 2)
+
+
+def _end(message: object, status: int) -> NoReturn:
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(status)

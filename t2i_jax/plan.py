@@ -14,7 +14,7 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
 
     Raises ConfigError where the batch, or the validation set, does not divide over the mesh.
     """
-    check_batch(config, mesh)
+    check(config, mesh)
     whole, _, _ = program.abstract_state(config, mesh)
     frozen = build.abstract_frozen(config, mesh)
     counts = {k: build.count(v) for k, v in build.abstract_params(config)[1].items()}
@@ -96,8 +96,17 @@ def _trained(config: ConfigDict) -> str:
     return f"factors of rank {c.rank} of the {dit}, {c.products} products" if c.rank else dit
 
 
-def check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ConfigError where the batch, or the validation set, does not divide over the mesh."""
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError where these devices have not the kernel that is asked for.
+
+    And where the batch, or the validation set, does not divide over the mesh.
+    """
+    device = mesh.devices.flat[0]
+    if config.train.attention == "cudnn" and device.platform != "gpu":
+        raise ConfigError(
+            "train.attention = 'cudnn' is a kernel of NVIDIA GPUs, and this is "
+            f"{device.device_kind}; 'auto' takes what suits it."
+        )
     shards, parts = sharding.batch_shards(mesh), config.train.accumulation
     if config.train.batch_size % (shards * parts):
         raise ConfigError(

@@ -32,7 +32,7 @@ import numpy as np
 from t2i_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-_SHARDS = 64  # of parameters at most, where the config leaves it open
+_FEWEST, _SHARDS = 8, 64  # of parameters, where the config leaves it open
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # activations
@@ -83,9 +83,11 @@ def make_mesh(data: int = -1, fsdp: int = -1, tensor: int = 1, *, devices=None) 
     """A (data, fsdp, tensor) mesh over `devices` (default: all of them).
 
     One of the sizes may be -1: what the others leave. Where data and fsdp both are, fsdp is the
-    largest number up to 64 that is a whole part of the torus: more shards save no memory worth
-    having, and their messages are small. `data` spans slices, the others stay inside one. Raises
-    ConfigError where the sizes are not those of the devices, with sizes that are.
+    largest number from 8 to 64 that is a part of the torus, whole axes but not all of them: more
+    shards save no memory worth having, and a gradient that is summed over the whole torus comes to
+    every device instead of a shard to each. Where there is none, it is all devices of a slice, or
+    the largest part. `data` spans slices, the others stay inside one. Raises ConfigError where the
+    sizes are not those of the devices, with sizes that are.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -123,6 +125,7 @@ def _meshes(sizes: Mapping[str, int], devices: Sequence[Any]) -> Iterator[Mesh]:
     elif free == ["data", "fsdp"]:
         per_slice = rest // slices
         parts = [n for n in range(min(per_slice, _SHARDS), 0, -1) if per_slice % n == 0]
+        parts.sort(key=lambda n: not _FEWEST <= n < per_slice)  # these first; else as they are
         fillings = [{"data": rest // n, "fsdp": n} for n in parts]
     else:
         return

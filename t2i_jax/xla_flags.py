@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "LIBTPU_INIT_ARGS"
+_OURS = "T2I_JAX_TPU_FLAGS"  # the words of it that `apply` put there, for another chip to replace
 # PCI ids of Google's devices, as in jax._src.hardware_utils.
 _VENDOR = "0x1ae0"
 _CHIPS = {"0x005e": "v4", "0x0063": "v5e", "0x0062": "v5p", "0x006f": "v6e", "0x0076": "tpu7x"}
@@ -62,14 +63,15 @@ def apply(environ: MutableMapping[str, str], chip: str | None = None) -> None:
     chip = chip or detect()
     if chip is None:
         return
-    given = environ.get(VARIABLE, "")
-    named = {word.lstrip("-").partition("=")[0] for word in given.split()}
+    before = environ.get(_OURS, "").split()
+    given = [word for word in environ.get(VARIABLE, "").split() if word not in before]
+    named = {word.lstrip("-").partition("=")[0] for word in given}
     ours = [
         f"--{flag.name}={flag.value}"
         for flag in flags(chip)
         if not named & {flag.name, f"no{flag.name}"}
     ]
-    environ[VARIABLE] = " ".join([*ours, *given.split()])
+    environ[VARIABLE], environ[_OURS] = " ".join([*ours, *given]), " ".join(ours)
 
 
 # Where a program is compiled to be looked at and not to run: the compiler tries tiles for each

@@ -396,3 +396,22 @@ def test_a_launch_script_ends_with_the_message_alone(tmp_path, small, argument, 
     )
     status, out, err = expected
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err.format(config=small))
+
+
+def test_config_flags_can_be_handed_on_however_they_are_typed(parse, small):
+    parse("--workdir=x", f"--config={small}")
+    argv = ["x", "--config", "a.py", "-config.b.c=1", "--config.d", "2", "--workdir=3"]
+    argv += ["--config.dit.qk_norm", "--noconfig.dit.sandwich_norm"]
+    assert cli.config_arguments("config", argv) == [
+        ("config", "a.py"),
+        ("config.b.c", "1"),
+        ("config.d", "2"),
+        ("config.dit.qk_norm", "true"),
+        ("config.dit.sandwich_norm", "false"),
+    ]
+
+
+def test_flags_that_are_not_read_are_refused(parse, small):
+    parse("--workdir=x", f"--config={small}")
+    with pytest.raises(ConfigError, match="--workdir does not go with data"):
+        cli.refuse("workdir", where="data")

@@ -1,5 +1,9 @@
 """The table of axes, meshes, and one training step that is the same on every mesh."""
 
+import dataclasses
+import itertools
+import math
+
 from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
@@ -59,6 +63,41 @@ def test_meshes(sizes, shape):
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert sharding.batch_shards(mesh) == shape[0] * shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+    """What is asked of a device to find its neighbours."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str
+    slice_index: int
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    "kind, grid, slices, shape",
+    [
+        ("TPU v4", (4, 4, 8), 1, (4, 32, 1)),
+        ("TPU v5 lite", (16, 16, 1), 1, (16, 16, 1)),
+        ("TPU v5 lite", (16, 16, 1), 2, (32, 16, 1)),
+        ("TPU v6 lite", (8, 8, 1), 1, (8, 8, 1)),  # not all 64: gradients are scattered along rings
+        ("TPU v6 lite", (4, 4, 1), 1, (1, 16, 1)),  # a ring of four would hold too much
+        ("TPU v5", (2, 2, 1), 1, (1, 4, 1)),
+    ],
+)
+def test_shards_are_whole_axes_of_the_torus(kind, grid, slices, shape):
+    places = itertools.product(range(slices), *(range(n) for n in grid))
+    chips = [Neighbour(i, tuple(place), kind, part) for i, (part, *place) in enumerate(places)]
+    mesh = sharding.make_mesh(devices=chips)
+    assert tuple(mesh.shape.values()) == shape
+    for group in mesh.devices[..., 0]:  # a ring, or a torus of them
+        moving = [axis for axis in range(3) if len({chip.coords[axis] for chip in group}) > 1]
+        assert math.prod(grid[axis] for axis in moving) == len(group)
+        assert len({chip.slice_index for chip in group}) == 1
 
 
 @pytest.mark.parametrize(

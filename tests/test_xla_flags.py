@@ -56,7 +56,8 @@ def test_every_flag_has_a_form_and_a_reason():
 def test_the_users_flags_come_last_and_win():
     environ = {"OTHER": "x"}
     xla_flags.apply(environ, "v6e")
-    assert environ == {"OTHER": "x", "LIBTPU_INIT_ARGS": f"--{GATHER}=true --{FUSE}=true"}
+    words = f"--{GATHER}=true --{FUSE}=true"
+    assert environ == {"OTHER": "x", "LIBTPU_INIT_ARGS": words, "T2I_JAX_TPU_FLAGS": words}
     xla_flags.apply(environ, "v6e")  # once is enough
     assert environ["LIBTPU_INIT_ARGS"].split() == [f"--{GATHER}=true", f"--{FUSE}=true"]
 
@@ -68,6 +69,17 @@ def test_the_users_flags_come_last_and_win():
     assert environ["LIBTPU_INIT_ARGS"] == f"--{GATHER}=true --no{FUSE}"
 
 
+def test_on_one_chip_programs_for_another_are_compiled_with_its_own():
+    environ = {"LIBTPU_INIT_ARGS": "--xla_mine=3"}
+    xla_flags.apply(environ, "v6e")
+    xla_flags.apply(environ, "v5e")
+    assert environ["LIBTPU_INIT_ARGS"] == "--xla_mine=3"
+    environ = {"LIBTPU_INIT_ARGS": f"--{GATHER}=true"}  # the user's: it stays
+    xla_flags.apply(environ, "v6e")
+    xla_flags.apply(environ, "v5e")
+    assert environ["LIBTPU_INIT_ARGS"] == f"--{GATHER}=true"
+
+
 def test_without_a_tpu_nothing_changes(monkeypatch):
     monkeypatch.setattr(xla_flags, "detect", lambda: None)
     environ = {}
@@ -77,13 +89,11 @@ def test_without_a_tpu_nothing_changes(monkeypatch):
 
 def test_every_launch_script_has_them(monkeypatch):
     monkeypatch.setattr(xla_flags, "detect", lambda: "v5p")
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    for name in ("LIBTPU_INIT_ARGS", "T2I_JAX_TPU_FLAGS"):
+        monkeypatch.setenv(name, "")  # as it was, afterwards
     monkeypatch.setattr(cli.app, "run", lambda *args, **kwargs: None)
     cli.run(lambda argv: None)
-    try:
-        assert f"--{GATHER}=true" in os.environ["LIBTPU_INIT_ARGS"]
-    finally:
-        os.environ.pop("LIBTPU_INIT_ARGS", None)
+    assert f"--{GATHER}=true" in os.environ["LIBTPU_INIT_ARGS"]
 
 
 def test_it_loads_without_jax():

@@ -9,7 +9,6 @@ What is told: whether it fits, what fills the memory, what travels between devic
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 import functools
-import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import build, flops, machines, plan, sampler, sharding
 from t2i_jax.models.autoencoder import Autoencoder
+from t2i_jax.models.layers import REMAT_POLICIES
 from t2i_jax.speed import hlo, ideal
 from t2i_jax.training import program, step
 
@@ -35,14 +35,12 @@ class Compiled(NamedTuple):
 
     seconds: float
     program: Any  # jax.stages.Compiled, or None where it does not fit
-    needed: float  # bytes of HBM; where it does not fit, what the compiler says
+    needed: float | None  # bytes of HBM; what the compiler says where it does not fit, if it does
     problem: str  # '' where it fits
 
     @property
     def temporary(self) -> float:
-        """Bytes of HBM beside what the program is given."""
-        if self.program is None:
-            return self.needed
+        """Bytes of HBM beside what the program, which fits, is given."""
         return self.needed - self.program.memory_analysis().argument_size_in_bytes
 
 
@@ -53,7 +51,7 @@ def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report
     that cannot be.
     """
     machine, mesh = _machine(config, topology)
-    plan.check_batch(config, mesh)
+    plan.check(config, mesh)
     autoencoder = build.make_autoencoder(config)
     programs = program.make(config, mesh, autoencoder)
     fixed = build.abstract_frozen(config, mesh)
@@ -168,8 +166,9 @@ def _report(
         traced = time.perf_counter() - start
         done = compile_(lowered)
     runs = [done, encoder] if encoder else [done]
-    needed, problem = done.needed, "".join(run.problem for run in runs)
-    if encoder:
+    failed = [run for run in runs if run.problem]
+    needed, problem = (failed or runs)[0].needed, " ".join(run.problem for run in failed)
+    if encoder and not failed:
         needed = max(needed, sum(memory.values()) + encoder.temporary)
     report = {
         "config": job.config.name,
@@ -222,11 +221,11 @@ def compile_(lowered: Any) -> Compiled:
     return Compiled(time.perf_counter() - start, compiled, needed, "")
 
 
-def _needed(text: str) -> float:
-    """Bytes of HBM that the compiler says it would need."""
+def _needed(text: str) -> float | None:
+    """Bytes of HBM that the compiler says it would need; None where something else is too small."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
     found = found or re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", text)
-    return float(found[1]) * _UNITS[found[2]] if found else math.inf
+    return float(found[1]) * _UNITS[found[2]] if found else None
 
 
 def _first_lines(text: str) -> str:
@@ -294,15 +293,19 @@ def suggestions(report: Report, config: ConfigDict) -> list[str]:
     """What to change where it does not fit; the cheapest first."""
     if report["fits"]:
         return []
+    if report["bytes_needed"] is None:
+        return ["train.attention = 'xla': without the kernel that needs more than the chip's VMEM"]
+    memory = report["memory"]
+    held_ = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser", "frozen"))
     shards = report["mesh"]["data"] * report["mesh"]["fsdp"]
-    if report["what"] == "sample":
+    if held_ > report["bytes_there"]:
+        out = []  # whatever is done with activations
+    elif report["what"] == "sample":
         out = _smaller_batch(report["batch_size"] // shards, "sampling.batch_size", shards)
         if not config.autoencoder.tile:
             out.append("autoencoder.tile = 32: images are decoded in parts")
     else:
         out = _smaller_step(report, config, shards)
-    memory = report["memory"]
-    held_ = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser", "frozen"))
     if held_ > 0.6 * report["bytes_there"]:
         if report["mesh"]["data"] > 1:
             out.append("mesh.fsdp larger, mesh.data smaller: parameters in more parts")
@@ -317,8 +320,7 @@ def suggestions(report: Report, config: ConfigDict) -> list[str]:
 
 def _smaller_step(report: Report, config: ConfigDict, shards: int) -> list[str]:
     out = []
-    order = ["none", "products", "outputs", "full"]
-    now = config.dit.remat
+    order, now = [name for name in REMAT_POLICIES if name != "offload"], config.dit.remat
     if now in order[:-1]:
         out.append(f"dit.remat = {order[order.index(now) + 1]!r}: keep less for the backward pass")
     if config.train.batch_size // (shards * config.train.accumulation) > 1:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError
+from t2i_jax.models.layers import REMAT_POLICIES
 
 _ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
 BEGIN, END = "<!-- what fits: begin -->", "<!-- what fits: end -->"
@@ -27,7 +28,6 @@ _TRAINED = (
     "configs/ablations/dit_self_attention.py",
     "configs/ablations/dit_cross_attention.py",
 )
-_REMAT = ("none", "products", "outputs", "full")
 
 
 class Row(NamedTuple):
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 FOUR = (("sampling.batch_size", 4),)  # images at once: 8 rows with guidance
 ROWS = (
     *(Row(config, pod) for pod in PODS for config in _TRAINED),
-    *(Row(_FLAGSHIP, "v4-256", changes=(("dit.remat", policy),)) for policy in _REMAT),
+    *(Row(_FLAGSHIP, "v4-256", changes=(("dit.remat", policy),)) for policy in REMAT_POLICIES),
     *(Row(_FLAGSHIP, chip) for chip in CHIPS),
     *(Row("configs/lora_2b.py", chip) for chip in CHIPS),
     *(Row(_FLAGSHIP, chip, "sample", FOUR) for chip in CHIPS),
@@ -123,19 +123,34 @@ def table(reports: dict[str, Any]) -> str:
     )
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [_line(row, reports[row.name]) for row in ROWS if row.name in reports]
+    for row in ROWS:
+        if row.name in reports and not reports[row.name]["fits"]:
+            lines += ["", _instead(row, reports[row.name])]
     return "\n".join(lines)
+
+
+def _instead(row: Row, report: dict[str, Any]) -> str:
+    """Why a row does not fit, and what to do."""
+    if report["bytes_needed"] is None:
+        return f"{row.name} does not fit: {report['problem']}"
+    held = sum(report["memory"].values())
+    why = f"parameters, averages, moments and frozen weights alone are {_gb(held)} GB a device"
+    if held < report["bytes_there"]:
+        why = f"beside {_gb(held)} GB that are held, activations have too little room"
+    return f"{row.name} does not fit: {why}. What to try: {'; '.join(report['suggestions'])}."
 
 
 def _line(row: Row, report: dict[str, Any]) -> str:
     memory, mesh = report["memory"], report["mesh"]
     state = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser"))
     seconds = report["seconds"]
+    needed, there = report["bytes_needed"], _gb(report["bytes_there"])
     fits = "" if report["fits"] else "**does not fit**: "
     cells = [
         row.name,
         f"{mesh['data']} x {mesh['fsdp']}",
         f"{report['batch_size'] / (mesh['data'] * mesh['fsdp']):g}",
-        f"{fits}{_gb(report['bytes_needed'])} of {_gb(report['bytes_there'])}",
+        f"{fits}a kernel" if needed is None else f"{fits}{_gb(needed)} of {there}",
         _gb(state),
         _gb(memory["frozen"]),
         *_travel(report),
@@ -165,6 +180,8 @@ def _gb(size: float) -> str:
 
 def rewrite(document: Path, text: str) -> None:
     """Puts `text` between the marks of a document. Raises ConfigError where it has none."""
+    if not document.is_file():
+        raise ConfigError(f"--table={document}: no such file.")
     whole = document.read_text()
     if whole.count(BEGIN) != 1 or whole.count(END) != 1:
         raise ConfigError(f"{document} must have one line {BEGIN} and one {END}.")

@@ -37,7 +37,8 @@ class Array(NamedTuple):
     @property
     def bytes(self) -> float:
         """Of its elements, without padding."""
-        width = _BYTES.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0]) / 8
+        bits = re.search(r"\d+", self.dtype)  # of a token or an opaque handle: none
+        width = _BYTES.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)
         return width * math.prod(self.shape)
 
 

@@ -1,6 +1,7 @@
 """The largest batch that fits a machine, by what the backward pass keeps."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -48,9 +49,10 @@ def line(report: dict[str, Any], each: int) -> str:
     """One row for a terminal."""
     verdict = "fits" if report["fits"] else "does not fit"
     work = f", {report['flops_ratio']:.3f} x FLOPs" if "flops_ratio" in report else ""
+    needed = size(report["bytes_needed"] or math.nan)
     return (
         f"{report['remat']:<9} {report['batch_size']:>6} ({each:>2} a device)  "
-        f"{size(report['bytes_needed']):>10} of {size(report['bytes_there'])}, {verdict}{work}"
+        f"{needed:>10} of {size(report['bytes_there'])}, {verdict}{work}"
     )
 
 

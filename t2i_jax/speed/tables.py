@@ -6,15 +6,12 @@ from typing import Any
 def describe(report: dict[str, Any]) -> str:
     """The tree of `compile.train` in lines that fit a terminal."""
     mesh = " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
-    there = size(report["bytes_there"])
     verdict = "fits" if report["fits"] else "does NOT fit"
-    spare = report["bytes_there"] - report["bytes_needed"]
     lines = [
         f"{report['config']}, {report['what']}, on {report['topology']}: {verdict}",
         f"  mesh         {report['devices']} x {report['chip']}: {mesh}",
         f"  batch        {_how(report)}",
-        f"  memory       {size(report['bytes_needed'])} of {there} a device, "
-        + (f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"),
+        f"  memory       {_memory(report)}",
     ]
     lines += [f"    {name:<26} {size(count):>10}" for name, count in report["memory"].items()]
     if "problem" in report:
@@ -33,6 +30,15 @@ def describe(report: dict[str, Any]) -> str:
         text += f"; the encoder in {seconds['compile encoder']} s"
     lines.append(text)
     return "\n".join(lines)
+
+
+def _memory(report: dict[str, Any]) -> str:
+    needed, there = report["bytes_needed"], report["bytes_there"]
+    if needed is None:
+        return f"{size(there)} a device; it is another memory that does not suffice"
+    spare = there - needed
+    rest = f"{size(spare)} to spare" if spare >= 0 else f"{size(-spare)} too much"
+    return f"{size(needed)} of {size(there)} a device, {rest}"
 
 
 def _how(report: dict[str, Any]) -> str:

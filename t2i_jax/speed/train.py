@@ -30,7 +30,7 @@ def measure(
     cannot be, UserError where the loss is no number.
     """
     mesh = sharding.make_mesh(**config.mesh)
-    plan.check_batch(config, mesh)
+    plan.check(config, mesh)
     with jax.set_mesh(mesh):
         step = Step(config, mesh, latents=latents, clock=clock)
         times = step.times(rounds, clock)

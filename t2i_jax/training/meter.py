@@ -4,7 +4,8 @@ Every `train.log_every` steps one line, of the steps since the line before. Paus
 pictures, waiting for a checkpoint) are no part of a step's time; waiting for data is.
 
     seconds_per_step, images_per_second
-    tflops       TFLOP/s of a device: the model's FLOPs (flops.py) over the time
+    tflops       TFLOP/s of a device: the model's FLOPs (flops.py), at the lengths to which the
+                 texts of these steps are cut, over the time
     mfu          the same over the peak of the device in bfloat16, where its kind is known
     data_wait    the share of the time that the host waited for a batch
     memory_gb    the most that a device of this host has held so far, where the backend tells
@@ -13,7 +14,7 @@ pictures, waiting for a checkpoint) are no part of a step's time; waiting for da
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import time
 from typing import Any
@@ -32,12 +33,10 @@ class Meter:
     def __init__(
         self, config: ConfigDict, devices: int, clock: Callable[[], float] = time.perf_counter
     ):
-        latents = config.data.source == "latents"
-        self._flops = sum(flops.train_step(config, latents=latents).values()) / devices
-        self._images, self._clock = config.train.batch_size, clock
+        self._config, self._devices, self._clock = config, devices, clock
         chip = machines.chip_of(jax.devices()[0].device_kind)
         self._peak = chip.peak if chip else None
-        self._steps = 0
+        self._steps, self._flops, self._next = 0, 0.0, 0.0
         self._begun: float | None = None
         self._waited = 0.0
         self._pauses: defaultdict[str, float] = defaultdict(float)
@@ -53,7 +52,14 @@ class Meter:
             except StopIteration:
                 return
             self._waited += self._clock() - start
+            self._next = self._work(batch.arrays)
             yield batch
+
+    def _work(self, arrays: Mapping[str, Any]) -> float:
+        """FLOPs of a device for a step on these arrays."""
+        length, latents = arrays["ids"].shape[-1], "moments" in arrays
+        work = flops.train_step(self._config, length, latents=latents)
+        return sum(work.values()) / self._devices
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
@@ -70,6 +76,7 @@ class Meter:
             self._begin()
         else:
             self._steps += 1
+            self._flops += self._next
 
     def read(self) -> dict[str, float]:
         """The line of the steps since the last one; {} where there are none."""
@@ -77,14 +84,13 @@ class Meter:
             return {}
         spent = self._clock() - self._begun
         seconds = max(spent - sum(self._pauses.values()), 1e-9)
-        per_step = seconds / self._steps
         line = {
-            "seconds_per_step": per_step,
-            "images_per_second": self._images / per_step,
-            "tflops": self._flops / per_step / 1e12,
+            "seconds_per_step": seconds / self._steps,
+            "images_per_second": self._config.train.batch_size * self._steps / seconds,
+            "tflops": self._flops / seconds / 1e12,
         }
         if self._peak:
-            line["mfu"] = self._flops / per_step / self._peak
+            line["mfu"] = self._flops / seconds / self._peak
         line["data_wait"] = self._waited / seconds
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         if all("peak_bytes_in_use" in one for one in stats):
@@ -94,5 +100,5 @@ class Meter:
         return line
 
     def _begin(self) -> None:
-        self._begun, self._steps, self._waited = self._clock(), 0, 0.0
+        self._begun, self._steps, self._flops, self._waited = self._clock(), 0, 0.0, 0.0
         self._pauses.clear()

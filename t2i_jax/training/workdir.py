@@ -64,11 +64,14 @@ def claim(config: ConfigDict, workdir: epath.Path, source: sources.Source) -> No
                 "came when, would differ. Give the data as it was, or another --workdir."
             )
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            new = workdir / f"{name}.new"
-            new.write_text(text)
-            new.replace(workdir / name)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                new = workdir / f"{name}.new"
+                new.write_text(text)
+                new.replace(workdir / name)
+        except OSError as error:
+            raise ConfigError(f"--workdir={workdir} cannot be written: {error}.") from error
 
 
 def _changes(before: ConfigDict, now: ConfigDict) -> list[str]:

@@ -133,15 +133,19 @@ def test_the_report_as_text(report):
         assert word in text
 
 
-def test_what_does_not_fit_is_said_with_what_to_do(config, monkeypatch):
+def exhausted(text):
     class Lowered:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.50G of 15.75G "
-                "hbm. Exceeded hbm capacity by 17.75G.\n\nTotal hbm usage >= 33.50G:"
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
 
-    done = compiler.compile_(Lowered())
+    return compiler.compile_(Lowered())
+
+
+def test_what_does_not_fit_is_said_with_what_to_do(config, monkeypatch):
+    done = exhausted(
+        "Ran out of memory in memory space hbm. Used 33.50G of 15.75G "
+        "hbm. Exceeded hbm capacity by 17.75G.\n\nTotal hbm usage >= 33.50G:"
+    )
     assert done.program is None and done.needed == 33.5 * 2**30
     monkeypatch.setattr(compiler, "compile_", lambda lowered: done)
     report = report_on(config, monkeypatch)
@@ -152,6 +156,27 @@ def test_what_does_not_fit_is_said_with_what_to_do(config, monkeypatch):
     ]
     text = tables.describe(report)
     assert "does NOT fit" in text and "19.06 GB too much" in text and "try " in text
+
+
+def test_a_kernel_that_is_too_large_is_no_matter_of_activations(config, monkeypatch):
+    done = exhausted("CompileTimeScopedVmemOom: Ran out of memory in memory space vmem")
+    monkeypatch.setattr(compiler, "compile_", lambda lowered: done)
+    report = report_on(config, monkeypatch)
+    assert not report["fits"] and report["bytes_needed"] is None
+    (only,) = report["suggestions"]
+    assert only.startswith("train.attention = 'xla'")
+    assert "it is another memory" in tables.describe(report)
+
+
+def test_where_not_even_the_weights_fit_smaller_batches_are_no_way_out(config, monkeypatch):
+    done = exhausted("Used 900G of 15.75G hbm")
+    monkeypatch.setattr(compiler, "compile_", lambda lowered: done)
+    monkeypatch.setattr(compiler, "held", lambda arguments: {"parameters": 2e10})
+    config = config.copy_and_resolve_references().unlock()
+    config.mesh.update(data=1, fsdp=8)
+    text = " ".join(report_on(config, monkeypatch)["suggestions"])
+    assert text.startswith("more devices: what is held before any activation is 20.0 GB")
+    assert "lora.rank = 16" in text and "accumulation" not in text and "remat" not in text
 
 
 def test_other_errors_of_the_compiler_are_raised():

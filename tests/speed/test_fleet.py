@@ -91,13 +91,19 @@ def test_a_row_by_hand():
         ],
         "flops_ratio": 1.0123,
     }
-    reports = {second.name: report(needed=17 * GB), first.name: report() | travel}
-    head, _, one, two = fleet.table(reports).splitlines()
+    suggested = {"suggestions": ["less", "more"]}
+    reports = {second.name: report(needed=17 * GB, **suggested), first.name: report() | travel}
+    head, _, one, two, _, why = fleet.table(reports).splitlines()
     assert one == (
         f"| {first.name} | 2 x 4 | 4 | 2.00 of 16.00 | 4.00 | 5.00 | 10.00 | 1.25 x | "
         "75% of gathers | 1.012 | 30 |"
     )
     assert f"| {second.name} | 2 x 4 | 4 | **does not fit**: 17.00 of 16.00 |" in two
+    assert why == (
+        f"{second.name} does not fit: beside 9.00 GB that are held, activations have too "
+        "little room. "
+        "What to try: less; more."
+    )
     assert len(head.split("|")) == len(one.split("|")) == len(two.split("|"))
 
 
@@ -108,5 +114,7 @@ def test_the_table_goes_between_the_marks(tmp_path):
     fleet.rewrite(page, "| new |")
     assert page.read_text() == f"before\n{fleet.BEGIN}\n\n| new |\n\n{fleet.END}\nafter\n"
     page.write_text("nothing")
+    with pytest.raises(ConfigError, match="no such file"):
+        fleet.rewrite(tmp_path / "none.md", "| new |")
     with pytest.raises(ConfigError, match="must have one line"):
         fleet.rewrite(page, "| new |")

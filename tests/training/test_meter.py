@@ -1,11 +1,19 @@
 """Speed, by a clock that the test sets."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from t2i_jax import flops
 from t2i_jax.training.meter import Meter
 from tests import tiny
 from tests.clock import Clock
+
+
+def batch(length, name):
+    """What a loader gives, as far as the meter looks at it."""
+    return SimpleNamespace(arrays={"ids": np.zeros((2, length), np.int32), name: None})
 
 
 @pytest.fixture
@@ -19,9 +27,14 @@ def test_a_line_is_of_the_steps_since_the_last_one(clock):
     assert meter.read() == {}
 
     def data():
-        for waited in (50.0, 0.5, 1.5, 0.0):
+        for waited, length, name in (
+            (50.0, 16, "image"),
+            (0.5, 16, "image"),
+            (1.5, 8, "moments"),  # a mixture may have stored latents, and texts of any length
+            (0.0, 16, "image"),
+        ):
             clock.now += waited
-            yield waited
+            yield batch(length, name)
 
     batches = meter.batches(data())
     next(batches)
@@ -35,17 +48,20 @@ def test_a_line_is_of_the_steps_since_the_last_one(clock):
     with meter.pause("validation"):
         clock.now += 7
     line = meter.read()
-    per_step = sum(flops.train_step(config).values())
+    first = flops.train_step(config, 16)
+    second = flops.train_step(config, 8, latents=True)
+    assert second.keys() < first.keys() and second["llm"] < first["llm"]
+    both = sum(first.values()) + sum(second.values())
     assert line == pytest.approx(
         {
             "seconds_per_step": 4.0,
             "images_per_second": config.train.batch_size / 4,
-            "tflops": per_step / 8 / 4 / 1e12,
+            "tflops": both / 8 / 8 / 1e12,
             "data_wait": 2 / 8,
             "pause_validation": 7.0,
         }
     )
-    assert next(batches) == 0.0
+    next(batches)
     clock.now += 2
     meter.step()
     assert meter.read()["seconds_per_step"] == 2.0
@@ -68,8 +84,8 @@ def test_the_share_of_the_peak_where_the_chip_is_known(clock, monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: devices)
     monkeypatch.setattr("jax.local_devices", lambda: devices)
     meter = Meter(config, 1, clock)
-    meter.step()
-    clock.now += 0.5
-    meter.step()
+    for _ in meter.batches([batch(16, "image")] * 2):
+        clock.now += 0.5
+        meter.step()
     line = meter.read()
     assert line["mfu"] == pytest.approx(line["tflops"] / 197) and line["memory_gb"] == 3
