@@ -29,6 +29,9 @@ resource=$(< resource) command= words=" $* "
 for word in "$@"; do
   if [[ $word == --command=* ]]; then command=${word#--command=}; fi
 done
+if [[ $words == *" tpu-vm "*" --batch-size"* ]]; then # which `gcloud alpha` alone has
+  echo "ERROR: (gcloud.compute.tpus.tpu-vm) unrecognized arguments: --batch-size" >&2 && exit 2
+fi
 if [[ -e broken ]]; then echo "ERROR: (gcloud) PERMISSION_DENIED: no" >&2 && exit 1; fi
 case "$words" in
   *" describe "*)

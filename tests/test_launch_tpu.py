@@ -73,7 +73,7 @@ def test_create_takes_a_tier_a_version_and_gclouds_own_flags(bare):
     assert shlex.split(done.stdout.splitlines()[0])[-2:] == ["--network=a b", "--labels=x=1"]
 
 
-CHIPS = {"v4-8": 4, "v4-256": 128, "v5p-256": 128, "v5litepod-256": 256, "v6e-64": 64, "v6e-1": 1}
+CHIPS = {"v4-8": 4, "v4-256": 128, "v5p-384": 192, "v5litepod-256": 256, "v6e-64": 64, "v6e-1": 1}
 
 
 @pytest.mark.parametrize("kind", CHIPS)
@@ -139,7 +139,12 @@ def test_what_a_dry_run_prints_is_what_is_done(cloud, script):
 BAD = {
     "create --zone=z --type=v4-8": "--name=... is required",
     "create --name=n --zone=z --type=v9-8": "--type=v9-8",
-    "create --name=n --zone=z --type=v4-12": "--type=v4-12",
+    "create --name=n --zone=z --type=v4-12": "8 16 32 64, and multiples of 128 up to 4096",
+    "create --name=n --zone=z --type=v4-8192": "up to 4096",
+    "create --name=n --zone=z --type=v4-": "--type=v4-: v4 has the sizes 8",
+    "create --name=n --zone=z --type=v5litepod-3": "v5litepod has the sizes 1 4 8 16",
+    "create --name=n --zone=z --type=v6e-512": "128 256 (",
+    "setup --name=n --zone=z --type=v5e-256": "did you mean v5litepod-256",
     "create --name=n --zone=z --type=v4-8 --tier=free": "on-demand, spot, reserved",
     "create --name=n --zone=z --typo=v4-8": "what is --typo? Known are name zone",
     "create --name=n --zone=z --type=v4-8 now": "what is 'now'?",

@@ -119,18 +119,20 @@ where() { # the flags that place a resource, into the array WHERE
 }
 
 chips() { # TYPE: how many chips it has, each of them a device of jax
-  local type=$1 count=${1##*-}
-  [[ $count =~ ^[1-9][0-9]*$ ]] || count=0
-  case $type in
-    v4-* | v5p-*) # named by TensorCores, of which a chip has two and a machine eight
-      ((count % 8 == 0)) || count=0
-      count=$((count / 2))
-      ;;
-    v5litepod-* | v6e-*) ;;
-    *) count=0 ;;
+  local kind=${1%%-*} size=${1#*-} sizes="8 16 32 64" cores=2 most # the largest
+  case $1 in # named by TensorCores, of which a chip has two; larger ones are whole cubes of 64 chips
+    v4-*) most=4096 ;;
+    v5p-*) most=12288 ;;
+    v5litepod-* | v6e-*) sizes="1 4 8 16 32 64 128 256" cores=1 most=0 ;;
+    v5e-*) bad_flags "--type=$1: did you mean v5litepod-$size, as Cloud TPU calls it?" ;;
+    *) bad_flags "--type=$1 is no TPU type such as v4-256, v5p-256, v5litepod-256, v6e-64" ;;
   esac
-  ((count)) || bad_flags "--type=$type is no TPU type such as v4-256, v5p-256, v5litepod-256, v6e-64"
-  printf '%s' "$count"
+  [[ $size =~ ^[1-9][0-9]{0,5}$ ]] || size=0
+  if [[ " $sizes " != *" $size "* ]] && ((!size || size > most || size % 128)); then
+    ((!most)) || sizes+=", and multiples of 128 up to $most"
+    bad_flags "--type=$1: $kind has the sizes $sizes"
+  fi
+  printf %d $((size / cores))
 }
 
 runtime() { # TYPE: the software version of its machines
@@ -163,7 +165,9 @@ describe() { # KIND FORMAT: ABSENT if there is none
   printf ABSENT
 }
 
-on_workers() { # WHICH COMMAND: runs a shell command on workers (all, 0, 1-3)
+# Runs a shell command on workers (all, 0, 1-3): on all of them at once, however many there are.
+# (`gcloud alpha` and `queued-resources ssh` go by batches; this command has no --batch-size.)
+on_workers() { # WHICH COMMAND
   execute gcloud compute tpus tpu-vm ssh "$(flag name)" "${WHERE[@]}" "--worker=$1" "--command=$2"
 }
 
