@@ -5,6 +5,7 @@ programs may use is what libtpu's compiler says; peaks are the vendors' for dens
 """
 
 import functools
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -34,23 +35,23 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 140e9, 989e12),
 }
 
-# Cores or chips in the name, as Google counts them: chips and topology behind it.
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+_CUBES += ("4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
+
+def _named(chip: str, grids: tuple[str, ...], cores: int) -> dict[str, tuple[str, str]]:
+    """'v4-256' -> ('v4', '4x4x8'): the number is of chips times `cores`, as Google counts."""
+    return {
+        f"{chip}-{cores * math.prod(map(int, grid.split('x')))}": (chip, grid) for grid in grids
+    }
+
+
 _TOPOLOGIES = {
-    "v4-8": ("v4", "2x2x1"),
-    "v4-64": ("v4", "2x4x4"),
-    "v4-256": ("v4", "4x4x8"),
-    "v4-512": ("v4", "4x8x8"),
-    "v5e-4": ("v5e", "2x2"),
-    "v5e-16": ("v5e", "4x4"),
-    "v5e-64": ("v5e", "8x8"),
-    "v5e-256": ("v5e", "16x16"),
-    "v5p-8": ("v5p", "2x2x1"),
-    "v5p-64": ("v5p", "2x4x4"),
-    "v5p-256": ("v5p", "4x4x8"),
-    "v6e-4": ("v6e", "2x2"),
-    "v6e-16": ("v6e", "4x4"),
-    "v6e-64": ("v6e", "8x8"),
-    "v6e-256": ("v6e", "16x16"),
+    **_named("v4", _CUBES, 2),
+    **_named("v5e", _SQUARES, 1),  # v5litepod-256 is the same as v5e-256
+    **_named("v5p", _CUBES, 2),
+    **_named("v6e", _SQUARES, 1),
     "tpu7x-8": ("tpu7x", "2x2x1"),
     "tpu7x": ("tpu7x", "2x2x2"),
     "colab-v5e": ("v5e", "1x1"),
@@ -76,9 +77,12 @@ class Topology(NamedTuple):
 def parse(name: str) -> Topology:
     """Of `NAMES`, or spelled out, 'v5p:2x2x4'; of several slices 'v5e-256*2' or 'v5p:2x2x4*2'.
 
+    Cloud TPU's accelerator types are among the names; there v5e is v5litepod, too.
+
     Raises ConfigError for another name.
     """
     base, _, slices = name.partition("*")
+    base = base.replace("v5litepod-", "v5e-")
     if base in _TOPOLOGIES:
         chip, grid = _TOPOLOGIES[base]
     else:

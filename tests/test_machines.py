@@ -12,6 +12,8 @@ def test_names_and_what_is_spelled_out():
     assert machines.parse("v5e-256*2") == Topology("v5e", "16x16", 2)
     assert machines.parse("v5p:2x2x4") == Topology("v5p", "2x2x4")
     assert machines.parse("colab-v6e") == Topology("v6e", "1x1")
+    assert machines.parse("v4-128") == Topology("v4", "4x4x4")
+    assert machines.parse("v5litepod-256") == Topology("v5e", "16x16")
     for name in machines.NAMES:
         chip, grid, _ = machines.parse(name)
         chips = 1
@@ -21,7 +23,9 @@ def test_names_and_what_is_spelled_out():
             assert int(name.split("-")[1]) == chips * (2 if chip in ("v4", "v5p", "tpu7x") else 1)
 
 
-@pytest.mark.parametrize("name", ["", "v4", "v4-255", "v5e:", "v9:2x2", "v5e:2x2*0", "v5e:axb"])
+@pytest.mark.parametrize(
+    "name", ["", "v4", "v4-255", "v5e:", "v9:2x2", "v5e:2x2*0", "v5e:axb", "v5litepod-3"]
+)
 def test_other_names_are_refused_with_those_that_are(name):
     with pytest.raises(ConfigError, match=r"is no TPU topology\. Known are v4-8, .*v5e-256\*2"):
         machines.parse(name)
