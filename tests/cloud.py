@@ -35,7 +35,7 @@ fi
 if [[ -e broken ]]; then echo "ERROR: (gcloud) PERMISSION_DENIED: no" >&2 && exit 1; fi
 case "$words" in
   *" describe "*)
-    if [[ $resource == ABSENT ]]; then
+    if [[ $resource == ABSENT || ($words == *tpu-vm* && $(< node) == ABSENT) ]]; then
       echo "ERROR: (gcloud.compute.tpus.describe) NOT_FOUND: Resource was not found" >&2
       exit 1
     fi
@@ -43,7 +43,13 @@ case "$words" in
     if [[ $words == *tpu-vm* ]]; then cat node; else echo "$resource"; fi
     exit
     ;;
-  *queued-resources\ create*) read_first created; echo "$REPLY" > resource; rm -f training; exit ;;
+  *queued-resources\ create*)
+    read_first created
+    echo "$REPLY" > resource
+    echo READY > node
+    rm -f training
+    exit
+    ;;
   *queued-resources\ delete*) echo ABSENT > resource; exit ;;
 esac
 if [[ $resource != ACTIVE ]]; then exit 255; fi

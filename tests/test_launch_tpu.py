@@ -157,6 +157,7 @@ BAD = {
     "logs --name=n --zone=z --worker=first": "a number or all",
     "logs --name=n --zone=z --nofollow=maybe": "true or false",
     "supervise --name=n --zone=z --type=v4-8 --config=c --workdir=b": "must be gs://",
+    "supervise --name=n --zone=z --type=v4-8 --config=c.py:x --workdir=gs://b/x": "c.py: there is",
 }
 
 
@@ -188,8 +189,8 @@ def test_create_says_what_is_there_and_asks_once(cloud):
     done = cloud.run(TPU / "create.sh", *V4, "--poll=0")
     assert done.returncode == 0 and cloud.steps() == []
     assert "pod is there already: ACTIVE" in done.stdout
-    for gone in ({"resource": "SUSPENDED"}, {"resource": "ACTIVE", "node": "PREEMPTED"}):
-        cloud.set(**gone)
+    for resource, node in (("SUSPENDED", "READY"), ("ACTIVE", "PREEMPTED"), ("ACTIVE", "ABSENT")):
+        cloud.set(resource, node)
         done = cloud.run(TPU / "create.sh", *V4, "--poll=0")
         assert done.returncode == 1 and cloud.steps() == [] and "delete.sh" in done.stderr
 
@@ -233,6 +234,29 @@ def test_training_that_fails_is_tried_again_and_then_shown(cloud):
     assert "the last words" in done.stdout
     shown = [c for c in cloud.calls() if "worker.sh tail" in str(c)]
     assert "--worker=1" in shown[0] and "--worker=0" in shown[1]
+
+
+def test_training_that_did_well_for_long_begins_a_new_count(cloud):
+    well = ["running"] * 60
+    done = supervise(cloud, "exit 124", *well, "exit 124", "exit 0", flags=("--retries=1",))
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_tpu_without_its_machines_is_asked_for_again(cloud):
+    done = supervise(cloud, "exit 0", resource="ACTIVE", node="ABSENT")
+    assert done.returncode == 0 and cloud.steps() == ["delete", *UP]
+
+
+def test_a_config_that_is_not_sent_is_told_before_anything_is_asked_for(cloud):
+    """Where it can be known: what a repository elsewhere has at a commit is not."""
+    flags = (*V4, "--config=configs/nothere.py", "--workdir=gs://b/run", "--poll=0")
+    cloud.set(events=("exit 0",))
+    done = cloud.run(TPU / "supervise.sh", *flags)
+    assert done.returncode == 2 and "configs/nothere.py: there is no such file" in done.stderr
+    assert cloud.calls() == []
+    elsewhere = ("--repo=https://x/y", "--commit=" + "1" * 40)
+    done = cloud.run(TPU / "supervise.sh", *flags, *elsewhere)
+    assert done.returncode == 0 and "create" in cloud.steps()
 
 
 def test_a_refused_config_is_not_tried_again(cloud):

@@ -145,13 +145,18 @@ runtime() { # TYPE: the software version of its machines
 }
 
 # The state of the queued resource --name: ABSENT, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE,
-# SUSPENDED, FAILED ...; while it is ACTIVE but its machines are not READY, theirs (PREEMPTED ...).
+# SUSPENDED, FAILED ...; while it is ACTIVE but its machines are not READY, theirs (PREEMPTED ...),
+# or NODE_GONE where it has none any more: like a suspended one, it must be deleted.
 state() {
   local state node
   state=$(describe queued-resources 'value(state.state)')
   if [[ $state == ACTIVE ]]; then
     node=$(describe tpu-vm 'value(state)')
-    [[ $node == READY ]] || state=$node
+    case $node in
+      READY) ;;
+      ABSENT) state=NODE_GONE ;;
+      *) state=$node ;;
+    esac
   fi
   printf '%s' "$state"
 }

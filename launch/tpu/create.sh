@@ -48,7 +48,7 @@ while true; do
   [[ $now == "$before" ]] || say "$(date +%T) $now"
   case $now in
     ACTIVE) break ;;
-    ABSENT | FAILED | SUSPEND* | DELETING | PREEMPTED | TERMINATED | STOP*)
+    ABSENT | FAILED | SUSPEND* | DELETING | NODE_GONE | PREEMPTED | TERMINATED | STOP*)
       fail "$name is $now and does not come back: delete.sh --name=$name --zone=$(flag zone) first"
       ;;
   esac

@@ -6,7 +6,8 @@
 #                [--project=P] [--version=V] [--tier=spot] [--commit=C] [--repo=URL] [--retries=3]
 #                [--poll=60] [--dry_run] [--config.KEY=VALUE ...] [-- FURTHER FLAGS OF gcloud create]
 #
-#   --retries  how often training that failed is started again
+#   --retries  how often training that failed is started again; what ran for 60 looks, longer than
+#              from one checkpoint to the next, did well, and counting begins anew
 #   --poll     seconds between two looks; waits grow from that where something goes wrong
 #
 # What training's status means: 0 done; 75 told to stop, and has saved: it is resumed; 2 the config
@@ -42,11 +43,22 @@ step() { # SCRIPT [FLAGS]: one of the other scripts
   "$here/$1.sh" "${flags[@]}"
 }
 
+check_config() { # the file is in the commit that workers get, unless that is in --repo alone
+  local commit config
+  [[ -z $(flag repo) || -z $(flag commit) ]] || return 0
+  config=$(flag config) # FILE or FILE:ARGUMENT
+  config=${config%%:*}
+  commit=$(git -C "$ROOT" rev-parse --verify --quiet "$(flag commit HEAD)^{commit}") || return 0
+  [[ $config == /* ]] || git -C "$ROOT" cat-file -e "$commit:$config" 2> /dev/null ||
+    fail "--config=$config: there is no such file in commit ${commit::12}, which workers get" 2
+}
+
 ask="if [ -e $WORKER_SH ]; then bash $WORKER_SH state; else echo \$(hostname) none; fi"
 
 for script in create setup run; do # a wrong flag is found before anything is paid for
   step "$script" --dry_run > /dev/null
 done
+check_config
 if dry_run; then
   for script in create setup run; do say "$script.sh" && step "$script" --dry_run; done
   say "then, every $poll s, is it there, and does training run?"
@@ -92,6 +104,7 @@ failed() { # LINES: training ended on all workers, not everywhere with 0 or 75
   ! grep -Eq ' exit 2$' <<< "$1" || fail "training refuses its flags or its config" 2
   ((failures < retries)) || fail "training failed $((failures + 1)) times; --retries=$retries"
   failures=$((failures + 1))
+  steady=0
   tell "training failed; try $failures of $retries"
   attempt run
 }
@@ -116,6 +129,8 @@ watch() { # the TPU is there: what does training do?
       }
     else
       uneven=0
+      steady=$((steady + 1))
+      ((steady < 60)) || failures=0
     fi
     sleep "$poll"
   elif ! grep -Evq ' exit 0$' <<< "$lines"; then
@@ -132,6 +147,7 @@ watch() { # the TPU is there: what does training do?
 delay=$poll
 failures=0
 uneven=0
+steady=0 # looks at training that ran, since it failed last
 before=
 while true; do
   now=$(state) || now=UNKNOWN
@@ -139,7 +155,7 @@ while true; do
   before=$now
   case $now in
     ACTIVE) watch ;;
-    SUSPENDED | FAILED | PREEMPTED | TERMINATED | STOPPED) attempt delete create setup run ;;
+    SUSPENDED | FAILED | NODE_GONE | PREEMPTED | TERMINATED | STOPPED) attempt delete create setup run ;;
     ABSENT | ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) attempt create setup run ;;
     *) wait_longer ;; # on its way to another state, or gcloud does not answer
   esac
