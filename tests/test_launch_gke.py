@@ -24,7 +24,8 @@ def pod(jobset):
 
 
 def test_slices_are_jobs_and_machines_are_pods(tmp_path):
-    jobset = manifest(tmp_path, "--slices=2", ODD, "--config.mesh.data=2")
+    more = (ODD, "--config.mesh.data=4", "--config.mesh.fsdp=-1")
+    jobset = manifest(tmp_path, "--slices=2", *more)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "big"
     assert jobset["spec"]["network"]["enableDNSHostnames"] is True
@@ -38,7 +39,7 @@ def test_slices_are_jobs_and_machines_are_pods(tmp_path):
     }
     (container,) = pod(jobset)["containers"]
     assert container["image"] == "us-docker.pkg.dev/p/r/t2i:1.0"
-    assert container["args"] == [*TRAIN, ODD, "--config.mesh.data=2"]
+    assert container["args"] == [*TRAIN, *more]
     resources = container["resources"]
     assert resources["limits"] == resources["requests"] == {"google.com/tpu": 4}
 
@@ -108,6 +109,8 @@ BAD = {
     "--slices=2 --type=v5p": "3 axes, as in 2x2x4",
     "--slices=2 --topology=16": "2 axes, as in 4x4",
     "--slices=2 --chips_per_node=5": "does not divide the 256 chips",
+    "--slices=2 --config.mesh.data=1": "--config.mesh.data=1 is no multiple of --slices=2",
+    "--slices=4 --config.mesh.data=6": "--config.mesh.data=6 is no multiple of --slices=4",
     "--slices=2 --type=h100": "is none of v4, v5e, v5p, v6e, tpu7x",
     "--slices=2 --workdir=/data": "gs://BUCKET/DIR",
     "": "--slices=... is required",

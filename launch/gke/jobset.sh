@@ -7,11 +7,14 @@
 #
 #   --type      v4, v5e, v5p, v6e or tpu7x
 #   --topology  of one slice, as of its node pool: 4x4x8, 16x16
-#   --retries   how often training that failed is started again; preemptions do not count
+#   --retries   how often training that failed is started again in all; a machine that is lost
+#               without notice is a failure, too, a preemption is none
 #   --grace     seconds given to the checkpoint when a slice must go
 #   --spot      runs on Spot nodes
 #
-# A dry run prints the manifest. Dockerfile makes the image.
+# A dry run prints the manifest. Dockerfile makes the image, which has neither weights nor data: name
+# those that the config has (--config.weights.llm, .tokenizer, .autoencoder, --config.data.path ...)
+# by gs:// paths.
 source "$(dirname "${BASH_SOURCE[0]}")/../tpu/common.sh"
 
 names="name! slices! type! topology! image! config! workdir!"
@@ -28,6 +31,12 @@ slices=$(number slices 1)
 retries=$(number retries 3)
 grace=$(number grace 900)
 ((slices)) || bad_flags "--slices=0: at least one"
+
+for word in "${CONFIG_FLAGS[@]}"; do # as training would, but after minutes of waiting for nodes
+  [[ $word =~ ^--config\.mesh\.data=([0-9]+)$ ]] || continue
+  ((BASH_REMATCH[1] && BASH_REMATCH[1] % slices == 0)) ||
+    bad_flags "$word is no multiple of --slices=$slices: leave it out, and it is"
+done
 
 case $(flag type) in # the label of its nodes, and how many numbers a topology has
   v4) accelerator=tpu-v4-podslice axes=3 ;;
