@@ -28,6 +28,7 @@ import importlib.metadata
 import os
 import pathlib
 import socket
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ def start(
         shutdown_timeout_seconds=_END,
     )
     check_devices([device.process_index for device in jax.devices()], hosts)
+    if jax.default_backend() == "gpu" and (idle := idle_gpus(place, hosts)):
+        print(f"WARNING: {idle}", file=sys.stderr, flush=True)
 
 
 def find(
@@ -213,6 +216,24 @@ def check_devices(process_of_device: list[int], hosts: Mapping[int, str]) -> Non
             f"Every process must have as many devices: process {', '.join(odd)}, the others "
             f"{usual} each."
         )
+
+
+def idle_gpus(place: Place, hosts: Mapping[int, str]) -> str:
+    """What to say of a node of Slurm that has GPUs which none of its tasks uses; '' if none has.
+
+    JAX gives each task the one GPU of its number on the node. The first task of a node tells.
+    """
+    tasks = [i for i, host in sorted(hosts.items()) if host == hosts[place.index]]
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if place.devices is None or tasks[0] != place.index or not gpus.isdigit():
+        return ""
+    used = len(tasks) * len(place.devices)
+    return (
+        f"{hosts[place.index]} has {gpus} GPUs, of which {used} are used: under Slurm every task "
+        f"has one. Start {gpus} tasks on it: --ntasks-per-node={gpus}."
+        if used < int(gpus)
+        else ""
+    )
 
 
 @contextlib.contextmanager

@@ -93,6 +93,19 @@ def test_slurm(environment):
     assert find() is None
 
 
+def test_gpus_that_no_task_of_slurm_uses_are_told_once_a_node(environment):
+    one_each, two_each = ["a", "b"], ["a", "a", "b", "b"]
+    for names, gpus, telling in ((one_each, "2", [0, 1]), (two_each, "8", [0, 2])):
+        environment({"SLURM_GPUS_ON_NODE": gpus})
+        hosts = dict(enumerate(names))
+        said = [distributed.idle_gpus(Place("a:1", len(hosts), i, [0]), hosts) for i in hosts]
+        assert [i for i in hosts if said[i]] == telling
+        assert f"--ntasks-per-node={gpus}" in said[0] and f"has {gpus} GPUs" in said[0]
+        assert not distributed.idle_gpus(Place("a:1", len(hosts), 0), hosts)  # has all of them
+    environment({"SLURM_GPUS_ON_NODE": "2"})
+    assert not distributed.idle_gpus(Place("a:1", 4, 0, [0]), dict(enumerate(two_each)))
+
+
 def test_an_allocation_of_slurm_without_srun_is_one_process(environment):
     environment({name: value for name, value in SLURM.items() if "STEP" not in name})
     assert find() is None
