@@ -1,18 +1,21 @@
 """What a run is going to do, before it does it."""
 
+import math
+
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from t2i_jax import build, sharding
 from t2i_jax.errors import ConfigError
+from t2i_jax.rules import flat
 from t2i_jax.training import program
 
 
 def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
     """The plan of a run, as text: model, sizes, mesh, batch, memory, data. Reads no data.
 
-    Raises ConfigError where the batch, or the validation set, does not divide over the mesh.
+    Raises ConfigError as `check`.
     """
     check(config, mesh)
     whole, _, _ = program.abstract_state(config, mesh)
@@ -99,7 +102,7 @@ def _trained(config: ConfigDict) -> str:
 def check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises ConfigError where these devices have not the kernel that is asked for.
 
-    And where the batch, or the validation set, does not divide over the mesh.
+    And where the batch, the validation set, heads or MLPs do not divide over the mesh.
     """
     device = mesh.devices.flat[0]
     if config.train.attention == "cudnn" and device.platform != "gpu":
@@ -107,6 +110,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
             "train.attention = 'cudnn' is a kernel of NVIDIA GPUs, and this is "
             f"{device.device_kind}; 'auto' takes what suits it."
         )
+    _check_tensor(config, mesh)
     shards, parts = sharding.batch_shards(mesh), config.train.accumulation
     if config.train.batch_size % (shards * parts):
         raise ConfigError(
@@ -118,6 +122,19 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise ConfigError(
             f"data.validation_size = {config.data.validation_size} is less than one sample for "
             f"each of {shards} shards of the batch; raise it, or set validation.every to 0."
+        )
+
+
+def _check_tensor(config: ConfigDict, mesh: Mesh) -> None:
+    """Heads of keys and values are whole on every device, and may be fewer."""
+    tensor, keys = mesh.shape["tensor"], ("llm.num_heads", "llm.mlp_width", "dit.mlp_width")
+    sizes = {key: flat(config)[key] for key in keys}
+    if wrong := [f"{key} = {size}" for key, size in sizes.items() if size % tensor]:
+        common = math.gcd(*sizes.values())
+        fit = [str(n) for n in range(1, min(common, mesh.size) + 1) if common % n == 0]
+        raise ConfigError(
+            f"mesh.tensor = {tensor} does not divide {', '.join(wrong)}: every device would hold "
+            f"and compute all of it. What divides is {', '.join(fit)}."
         )
 
 

@@ -192,6 +192,10 @@ def test_a_language_model_that_diverges_is_not_kept(tmp_path):
             r"data\.validation_size = 7 is less than",
         ),
         ({"mesh__fsdp": 3}, r"\(-1, 3, 1\) does not fit 8 devices"),
+        (
+            {"mesh__tensor": 8},
+            r"tensor = 8 does not divide llm\.num_heads = 4: .* What divides is 1, 2, 4\.",
+        ),
     ],
 )
 def test_what_does_not_divide_is_said_before_anything_is_made(changes, message, tmp_path):
