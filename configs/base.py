@@ -222,7 +222,5 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # replicas of the parameters; a multiple of the slices
     config.mesh.fsdp = -1  # shards of parameters, optimiser state and batch
-    config.mesh.tensor = (
-        1  # shards of heads and MLP; divides llm.num_heads and the mlp_width of both
-    )
+    config.mesh.tensor = 1  # shards of heads and MLPs, whose numbers it divides
     return config.lock()
