@@ -58,6 +58,11 @@ class Guard:
         if self._history:
             self._history.ready(start)
 
+    def goodput(self) -> float:
+        """That of the run until now; in process 0 alone."""
+        assert self._history is not None
+        return self._history.goodput()
+
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
         """Around what is no step, and may take longer."""

@@ -118,7 +118,7 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
             tokenizer.save(path)
         _say(f"tokenizer: {tokenizer.vocab_size} tokens, trained on the captions")
     multihost_utils.sync_global_devices("tokenizer")
-    if config.weights.llm or frozen.llm_path(workdir).exists():
+    if config.weights.llm or checkpoint.has_tree(frozen.llm_path(workdir)):
         return
     tokenizer = Tokenizer.load(path)
     like = build.sharded(build.abstract_params(config)[1], mesh)["llm"]
@@ -264,7 +264,7 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
     with distributed.together():
-        watch = Watch(parts, start)
+        watch = Watch(parts, start, guard.goodput)
     alone = jax.process_count() == 1
     batches = feed(
         parts.train_loader.batches(start),
@@ -294,6 +294,7 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
             if stop or _due(number, config.checkpoint.every, last):
                 watch.settle()  # nothing that is not finite is ever saved
                 with guard.saving(), watch.meter.pause("checkpoint"):
+                    watch.flush()
                     saved.save(number, current, config)
             if stop and number < last:
                 watch.leave()
