@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from t2i_jax import checkpoint, frozen, jsonlines
+from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import MissingError
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import loop
@@ -99,6 +100,27 @@ def test_a_language_model_that_was_not_finished_is_made_again(bucket):
     checkpoint.save_tree(path, tree)
     assert checkpoint.has_tree(path)
     tiny.equal(checkpoint.load_tree(path, like(host_state(), SIZES).params), host_state().params)
+
+
+def test_a_tokenizer_that_was_not_finished_is_made_again(bucket, trained, monkeypatch):
+    tokenizer, path = Tokenizer.load(trained / "tokenizer"), f"{RUN}/tokenizer"
+    write = epath.Path.write_text
+
+    def killed(self, *args):
+        if self.name.startswith("tokenizer.json"):
+            raise KeyboardInterrupt
+        return write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(RUN)), "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.save(path)
+    assert epath.Path(path).exists() and not Tokenizer.is_saved(path)
+    tokenizer.save(path)
+    assert Tokenizer.is_saved(path)
+    assert Tokenizer.load(path).rows(["a red ring"]) == tokenizer.rows(["a red ring"])
+    names = [sorted(p.name for p in (w / "tokenizer").iterdir()) for w in (trained, bucket / "run")]
+    assert names[0] == names[1]
 
 
 def test_the_history_of_a_young_run_is_there(bucket):

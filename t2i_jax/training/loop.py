@@ -114,7 +114,7 @@ def make_tokenizer(config: ConfigDict, workdir, source: sources.Source) -> None:
     Every process does the same; one writes.
     """
     path = frozen.tokenizer_path(config, workdir)
-    if not config.weights.tokenizer and not path.exists():
+    if not config.weights.tokenizer and not Tokenizer.is_saved(path):
         tokenizer = frozen.train_tokenizer(config, source)
         if jax.process_index() == 0:
             tokenizer.save(path)
