@@ -9,10 +9,14 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
-from ml_collections.config_flags import config_flags
+from t2i_jax.training import preemption
 
-from t2i_jax import cli
+preemption.exit_at_once()  # before all that takes a while to be imported
+
+from absl import flags  # noqa: E402
+from ml_collections.config_flags import config_flags  # noqa: E402
+
+from t2i_jax import cli  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config.name>.")

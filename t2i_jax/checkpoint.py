@@ -3,12 +3,14 @@
     <workdir>/checkpoints/<step>/
         params/  ema/  optimizer/   arrays, sharded as they were
         meta/                       {format_version, step, config, digests, crc32}: JSON
-    <workdir>/damaged_checkpoints/  checkpoints that could not be read
+    <workdir>/damaged_checkpoints/
+        <step>/, <step>.txt         a checkpoint that could not be read, and why
 
 `optimizer` holds the optimiser's state and the step. The data position is the step (see
 t2i_jax/data/loader.py). Saving is asynchronous: arrays leave the devices before `save` returns, and
-a step's directory gets its name when everything in it is written, so a killed run leaves complete
-checkpoints only. Arrays and JSON are all that is ever read: nothing is unpickled.
+a step's directory gets its name (on gs://, where that would be a copy, its `commit_success.txt`)
+when everything in it is written: what a killed run leaves is no checkpoint. Arrays and JSON are all
+that is ever read: nothing is unpickled.
 
 The format of the arrays notices a file that is cut or lost, not a bit that is wrong inside one. So
 every array has its digest (t2i_jax/digest.py), taken on the devices before it leaves them and again
@@ -33,7 +35,7 @@ from t2i_jax import config as config_lib
 from t2i_jax import digest
 from t2i_jax.damage import DamagedError, StorageError, damage, forget, reason_of, tell_once
 from t2i_jax.errors import ConfigError, MissingError
-from t2i_jax.stored_arrays import StoredArray, tree_sources
+from t2i_jax.stored_arrays import StoredArray, absolute, tree_sources
 from t2i_jax.training.state import TrainState
 
 FORMAT_VERSION = 2
@@ -42,7 +44,6 @@ _PIECE = 64_000_000  # bytes: an array is stored in pieces of about this size, c
 WEIGHTS = ("ema", "params")
 _ITEMS = ("params", "ema", "optimizer", "meta")
 _ASIDE = "damaged_checkpoints"
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
@@ -54,7 +55,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int | None = None, keep_every: int = 0):
         tell_once()
-        self._workdir = epath.Path(workdir).absolute()
+        self._workdir = absolute(workdir)
         self.directory = self._workdir / "checkpoints"
         policies = ocp.checkpoint_managers.preservation_policy
         kept = [policies.LatestN(keep)]  # counts those of multiples, too
@@ -139,7 +140,11 @@ class Checkpoints:
     def _unfinished(self) -> list[epath.Path]:
         if not self.directory.exists():
             return []
-        return [path for path in self.directory.iterdir() if _UNFINISHED in path.name]
+        return [
+            path
+            for path in self.directory.iterdir()
+            if path.name.partition(".")[0].isdigit() and ocp.utils.is_tmp_checkpoint(path)
+        ]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at a step; shapes, dtypes and shardings as in `like` (abstract).
@@ -193,11 +198,13 @@ class Checkpoints:
         for step, problem in bad.items():
             _warn(f"checkpoint {step} of {self.directory} is damaged: {problem}")
         if jax.process_index() == 0:
-            for step in bad:
+            for step, problem in bad.items():
                 to = self._workdir / _ASIDE / str(step)
                 while to.exists():
                     to = to.with_name(to.name + "+")
                 to.parent.mkdir(exist_ok=True)
+                # Also because on gs:// a folder is there only with a file in it.
+                to.with_name(f"{to.name}.txt").write_text(f"{problem}\n")
                 (self.directory / str(step)).rename(to)
                 _warn(f"checkpoint {step} is now {to}; going on from {instead}")
             for path in self._unfinished():
@@ -319,16 +326,17 @@ def _warn(text: str) -> None:
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     """(working directory, step) of the checkpoint at `path`.
 
-    `path` is a working directory (its newest checkpoint) or <workdir>/checkpoints/<step>. Raises
-    MissingError that says what is there instead.
+    `path` is a working directory (its newest complete checkpoint) or <workdir>/checkpoints/<step>.
+    Raises MissingError that says what is there instead.
     """
     path = epath.Path(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.exists():
+        if not _complete(path):
+            raise MissingError(f"{path} was never finished. Give another checkpoint of its folder.")
         return path.parent.parent, int(path.name)
     directory = path / "checkpoints"
-    steps = (
-        [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
-    )
+    found = directory.iterdir() if directory.exists() else ()
+    steps = [int(p.name) for p in found if _complete(p)]
     if steps:
         return path, max(steps)
     nearby = directory if directory.exists() else path if path.exists() else path.parent
@@ -340,14 +348,23 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     )
 
 
+def _complete(path: epath.Path) -> bool:
+    return path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+
+
+def has_tree(path: epath.PathLike) -> bool:
+    """Whether there is a tree that `save_tree` has written to its end."""
+    return ocp.utils.is_checkpoint_finalized(path)
+
+
 def save_tree(path: epath.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays as a directory that appears when it is complete.
+    """Writes a tree of arrays as a directory, in the place of one that is there.
 
     Raises StorageError where that cannot be.
     """
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         try:
-            checkpointer.save(epath.Path(path).absolute(), args=_in_layers(tree))
+            checkpointer.save(absolute(path), args=_in_layers(tree), force=True)
         except Exception as error:
             raise StorageError(f"{path} could not be written: {reason_of(error)}.") from error
 
@@ -362,4 +379,4 @@ def _in_layers(tree: Any) -> ocp.args.StandardSave:
 def load_tree(path: epath.PathLike, like: Any) -> Any:
     """Reads a tree written by `save_tree`, with shapes, dtypes and shardings as in `like`."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(path).absolute(), like)
+        return checkpointer.restore(absolute(path), like)

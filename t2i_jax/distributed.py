@@ -83,6 +83,8 @@ def start(
         timeout,
         os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", ""),
     )
+    # JAX's own notice of SIGTERM would take the place of whatever handles it here.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.count,

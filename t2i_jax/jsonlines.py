@@ -11,46 +11,53 @@ from typing import Any
 
 from etils import epath
 
-_REMOTE_INTERVAL = 60.0  # seconds between uploads, where a file cannot be appended to
+_REMOTE_INTERVAL = 60.0  # seconds
 
 
 class JsonLines:
     """Appends to `path`. What is there after `resume_step`, and a torn last line, is dropped.
 
+    A line is in the file at once; where nothing can be appended to a file (gs://...), it is there
+    at `flush` and `close`, and `interval` seconds after the last time at the latest with the next.
+
     Attributes:
       kept: the entries that were there.
     """
 
-    def __init__(self, path: epath.PathLike, resume_step: int = 0):
+    def __init__(
+        self, path: epath.PathLike, resume_step: int = 0, interval: float = _REMOTE_INTERVAL
+    ):
         self.path = epath.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.kept, text = _drop_after(self.path, resume_step)
         self._remote = "://" in os.fspath(self.path)
         self._lines = [text] if self._remote else []
-        self._uploaded = time.monotonic()
+        self._interval, self._uploaded, self._pending = interval, time.monotonic(), False
         self._file = None if self._remote else self.path.open("a")
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """One line, in the file at once (where that is remote: within a minute, and at the end)."""
+        """One line."""
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         if self._file is not None:
             self._file.write(line)
             self._file.flush()
             return
         self._lines.append(line)
-        if time.monotonic() - self._uploaded > _REMOTE_INTERVAL:
-            self._upload()
+        self._pending = True
+        if time.monotonic() - self._uploaded >= self._interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was appended is in the file after it."""
+        if self._pending:
+            self.path.write_text("".join(self._lines))
+            self._uploaded, self._pending = time.monotonic(), False
 
     def close(self) -> None:
         """Writes what is pending; a second call does nothing."""
+        self.flush()
         if self._file is not None:
             self._file.close()
-        else:
-            self._upload()
-
-    def _upload(self) -> None:
-        self.path.write_text("".join(self._lines))
-        self._uploaded = time.monotonic()
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:

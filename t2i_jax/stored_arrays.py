@@ -39,8 +39,7 @@ def tree_sources(path: epath.PathLike) -> dict[str, StoredArray]:
     Reads Orbax's format as it is documented: one zarr array a leaf, named after its keys with dots
     between them, all in one OCDBT database.
     """
-    path = epath.Path(path).absolute().as_posix()
-    base = path if "://" in path else f"file://{path}"
+    base = url(path)
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     ends = "/.zarray"
@@ -54,3 +53,15 @@ def tree_sources(path: epath.PathLike) -> dict[str, StoredArray]:
 
     waiting = {name.replace(".", "/"): opened(name) for name in names}
     return {name: StoredArray(store.result()) for name, store in waiting.items()}
+
+
+def url(path: epath.PathLike) -> str:
+    """A path as TensorStore takes it."""
+    text = absolute(path).as_posix()
+    return text if "://" in text else f"file://{text}"
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that holds in any working directory; gs://... is one already."""
+    path = epath.Path(path)
+    return path if path.is_absolute() else path.absolute()

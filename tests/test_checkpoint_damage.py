@@ -102,6 +102,7 @@ def test_damaged_arrays_are_noticed_wherever_they_are(workdir, hurt, capsys):
     assert f"WARNING: checkpoint 9 of {workdir}/checkpoints is damaged: ema" in said
     assert f"WARNING: checkpoint 9 is now {aside}; going on from checkpoint 5" in said
     assert (aside / "ema").exists()
+    assert aside.with_name("9.txt").read_text().startswith("ema")
     assert sorted(os.listdir(workdir / "checkpoints")) == ["3", "5"]
 
 
@@ -159,7 +160,8 @@ def test_several_may_be_damaged_and_are_put_aside_beside_each_other(workdir, cap
     for step in (5, 9):
         empty(arrays(workdir, step)[0], None)
     assert restored(workdir) == 3
-    assert sorted(os.listdir(workdir / "damaged_checkpoints")) == ["5", "9", "9+"]
+    aside = sorted(os.listdir(workdir / "damaged_checkpoints"))
+    assert aside == ["5", "5.txt", "9", "9+", "9+.txt"]
     assert capsys.readouterr().err.count("going on from checkpoint 3") == 2
     with checkpoint.Checkpoints(workdir, keep=3) as saved:  # the same step can be saved again
         saved.save(9, on_devices(host_state(9, width=256), SIZES), tiny.config())

@@ -28,7 +28,7 @@ def free_port():
 class Two:
     """Both processes of a run in a working directory."""
 
-    def __init__(self, workdir, cache, *flags, fill=False):
+    def __init__(self, workdir, cache, *flags, fill=False, until=None):
         where = f"--coordinator=127.0.0.1:{free_port()}"
         self.all = [
             Training(
@@ -44,7 +44,7 @@ class Two:
             )
             for i in range(2)
         ]
-        self.all[0].wait_for(at(0))
+        self.all[0].wait_for(until or at(0))
 
     def end(self):
         """Their exit statuses; they end by themselves."""
@@ -119,6 +119,17 @@ def test_where_one_is_asked_to_stop_both_save_the_same_step(hurt):
     for training in two.all:
         assert f"Stopped by SIGTERM after step {hurt.saved}, which is saved" in training.output()
     assert hurt.stalled[0].all[0].resumed() == hurt.saved
+
+
+def test_where_one_is_asked_before_the_first_step_both_end_alike(undisturbed):
+    parent, long = undisturbed.parent, "--config.pretrain.steps=5000"
+    begun = lambda training: "language model 10/" in training.output()  # noqa: E731
+    two = Two(parent / "two_begin", parent / "programs_of_two", long, until=begun)
+    two.all[1].process.send_signal(signal.SIGTERM)
+    assert two.end() == [EXIT_PREEMPTED] * 2, two.output()
+    for training in two.all:
+        assert "while the language model was pre-trained, which begins anew" in training.output()
+        assert "Traceback" not in training.output()
 
 
 def test_the_metrics_are_those_of_one_process_left_alone(undisturbed, hurt):

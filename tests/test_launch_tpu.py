@@ -289,6 +289,7 @@ case "$*" in
   *crash*) exit 3 ;;
   *launch/train.py*)
     trap 'echo saved; exit 75' TERM
+    [[ $* != *deaf* ]] || trap "trap 'exit 75' TERM" TERM # to the first one
     echo "args: $*"
     while :; do sleep 0.05; done
     ;;
@@ -384,7 +385,11 @@ def test_how_training_ended_is_known_or_known_to_be_lost(machine):
         subprocess.run(["kill", signal, parent, pid], check=True)  # as when a machine goes down
         until(end)
         assert cloud.run(worker, "start", "--config=c").returncode == 0
+    until_it_trains(runs / "train.log")
     assert cloud.run(worker, "stop", str(LIMIT)).returncode == 0
+    assert cloud.run(worker, "start", "--deaf").returncode == 0
+    until_it_trains(runs / "train.log")
+    assert cloud.run(worker, "stop", str(LIMIT)).stdout.endswith(" exit 75\n")
 
 
 def test_the_scripts_are_shellcheck_clean():

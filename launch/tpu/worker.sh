@@ -6,7 +6,7 @@
 #   worker.sh start FLAGS    starts launch/train.py with FLAGS, unless training runs
 #   worker.sh state          one line: HOST running | exit STATUS | lost | none
 #   worker.sh idle           fails where training runs
-#   worker.sh stop SECONDS   tells training to save and end; kills it after SECONDS
+#   worker.sh stop SECONDS   tells training to save and end, again and again; kills it after SECONDS
 #   worker.sh tail LINES, worker.sh follow LINES
 set -euo pipefail
 
@@ -108,7 +108,7 @@ stop() {
   local waited
   for ((waited = 0; waited < $1; waited++)); do
     running || break
-    ((waited)) || kill -TERM "$(< "$PID")" 2> /dev/null || true
+    ((waited % 3)) || kill -TERM "$(< "$PID")" 2> /dev/null || true
     sleep 1
   done
   if running; then

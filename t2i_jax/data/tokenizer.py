@@ -16,7 +16,6 @@ from pathlib import Path
 import tempfile
 import threading
 from typing import Any
-import uuid
 
 from etils import epath
 import numpy as np
@@ -140,7 +139,11 @@ class Tokenizer:
         return cls(_transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **named))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes a directory that `load` and transformers' AutoTokenizer read, all or nothing."""
+        """Writes a directory that `load` and transformers' AutoTokenizer read.
+
+        The last file to get its name is the one without which there is none (`is_saved`): also on
+        gs://, where a directory cannot be renamed as one.
+        """
         directory = epath.Path(directory)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -148,19 +151,20 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **{role: str(getattr(self._fast, role)) for role in _ROLES if self._has(role)},
         }
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-        temporary.mkdir()
-        (temporary / _FILE).write_text(self._backend.to_str(pretty=True))
-        (temporary / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+        texts = {_CONFIG: json.dumps(settings, indent=2, ensure_ascii=False)}
         if self.has_chat_template:
-            (temporary / _TEMPLATE).write_text(self._fast.chat_template)
-        try:
-            temporary.rename(directory)
-        except OSError:  # there is one already: replace its files one by one
-            for file in temporary.iterdir():
-                file.replace(directory / file.name)
-            temporary.rmdir()
+            texts[_TEMPLATE] = self._fast.chat_template
+        texts[_FILE] = self._backend.to_str(pretty=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            new = directory / f"{name}.new"
+            new.write_text(text)
+            new.replace(directory / name)
+
+    @staticmethod
+    def is_saved(directory: str | os.PathLike) -> bool:
+        """Whether there is one that `save` has written to its end."""
+        return (epath.Path(directory) / _FILE).exists()
 
     def _has(self, role: str) -> bool:
         return getattr(self._fast, role) is not None

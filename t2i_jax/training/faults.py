@@ -51,6 +51,10 @@ class FaultLog:
                 self._told.add(fault.sample)
             self._lines.append(entry)
 
+    def flush(self) -> None:
+        """The lines so far are stored after it."""
+        self._lines.flush()
+
     def close(self) -> None:
         self._lines.close()
 

@@ -6,7 +6,9 @@ import errno
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+import numpy as np
 
 from t2i_jax.damage import StorageError
 from t2i_jax.training.history import History
@@ -25,7 +27,7 @@ class Guard:
     def __init__(self, config: ConfigDict, workdir: epath.PathLike):
         self._workdir = workdir
         self._history = History(workdir) if jax.process_index() == 0 else None
-        self._preemption = Preemption()
+        self._preemption = Preemption(alone=jax.process_count() == 1)
         limits = config.train
         self._dog = Watchdog(workdir, step=limits.step_deadline, pause=limits.pause_deadline)
         self._open = contextlib.ExitStack()
@@ -37,11 +39,31 @@ class Guard:
         """Whether this process was asked to stop, by SIGTERM."""
         return self._preemption.asked
 
+    def meet(self, what: str) -> None:
+        """Before the first step: all processes are here, and `what` is next, a pause.
+
+        Raises PreemptedError, in all of them, where one was asked to stop.
+        """
+        self._dog.expect(what, pause=True)
+        asked = np.array([self._preemption.asked])
+        if jax.process_count() > 1 and multihost_utils.process_allgather(asked).any():
+            raise self._preemption.error
+
+    @contextlib.contextmanager
+    def pretraining(self) -> Iterator[None]:
+        """Around the pre-training of the language model."""
+        before = self._preemption.when
+        self._preemption.when = "while the language model was pre-trained, which begins anew"
+        self.meet("pre-training the language model")
+        yield
+        self._preemption.when = before
+
     @contextlib.contextmanager
     def setup(self) -> Iterator[None]:
         """Around all that is between the text side and the first batch."""
-        self._dog.expect("setting up", pause=True)
+        self.meet("setting up")
         yield
+        self.meet("the first batch")
         self._preemption.wait_for_step()
 
     def step(self, number: int, arrays: Mapping[str, jax.Array]) -> bool:
@@ -57,6 +79,11 @@ class Guard:
         """The first step after `start` is done."""
         if self._history:
             self._history.ready(start)
+
+    def goodput(self) -> float:
+        """That of the run until now; in process 0 alone."""
+        assert self._history is not None
+        return self._history.goodput()
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -90,10 +117,10 @@ class Guard:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._open.close()
-        if self._history:
-            with contextlib.suppress(OSError):  # of the disk that ended the run
-                self._history.ended(self._step, kind.__name__ if kind else "finished")
+        with self._open:  # until it is written down
+            if self._history:
+                with contextlib.suppress(OSError):  # of the disk that ended the run
+                    self._history.ended(self._step, kind.__name__ if kind else "finished")
         if isinstance(error, OSError) and error.errno in _FULL:
             raise StorageError(
                 f"Step {self._step}: cannot write in {self._workdir}: {error}. The newest "

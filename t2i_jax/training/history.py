@@ -11,7 +11,7 @@ One line an event, of all starts, never changed afterwards:
 validation, pictures, waiting for a checkpoint. A killed process leaves no "end".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import sys
 import time
@@ -29,7 +29,8 @@ class History:
     """Writes the events of one process; one process of a run writes."""
 
     def __init__(self, workdir: epath.PathLike, clock: Callable[[], float] = time.time):
-        self._lines = JsonLines(epath.Path(workdir) / FILE, sys.maxsize)
+        self._lines = JsonLines(epath.Path(workdir) / FILE, sys.maxsize, interval=0.0)
+        self._events = list(self._lines.kept)
         self._clock = clock
         self._paused = 0.0
         self._write("start", 0)
@@ -52,13 +53,18 @@ class History:
         """`step` is done, and now it is saved."""
         self._write("saved", step, paused=self._paused)
 
+    def goodput(self) -> float:
+        """That of the run until now."""
+        return _goodput(self._events, self._clock())
+
     def ended(self, step: int, cause: str) -> None:
         """The last event; `cause` is 'finished' or the name of an error."""
         self._write("end", step, paused=self._paused, cause=cause)
         self._lines.close()
 
     def _write(self, event: str, step: int, **values: Any) -> None:
-        self._lines.append({"event": event, "step": step, "time": self._clock(), **values})
+        self._events.append({"event": event, "step": step, "time": self._clock(), **values})
+        self._lines.append(self._events[-1])
 
 
 def goodput(workdir: epath.PathLike, now: float | None = None) -> float:
@@ -69,7 +75,10 @@ def goodput(workdir: epath.PathLike, now: float | None = None) -> float:
     for the pauses up to its last checkpoint. Setting up and compiling the first step are no steps.
     """
     events = jsonlines.read(epath.Path(workdir) / FILE)
-    now = events[-1]["time"] if now is None else now
+    return _goodput(events, events[-1]["time"] if now is None else now)
+
+
+def _goodput(events: Sequence[Mapping[str, Any]], now: float) -> float:
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     good, kept = 0.0, None  # up to which step, as what came later says
     for first, last in reversed(list(zip(starts, [*starts[1:], len(events)], strict=True))):

@@ -68,7 +68,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> state.TrainState:
         jax.set_mesh(mesh),
         checkpoint.Checkpoints(workdir, *keep) as saved,
     ):
-        make_text_side(config, workdir, mesh, train_source)
+        guard.meet("the tokenizer")
+        make_tokenizer(config, workdir, train_source)
+        make_language_model(config, workdir, mesh, train_source, guard)
         with guard.setup():
             parts = assemble(config, workdir, mesh, train_source, validation_source, saved)
         with parts.train_loader:
@@ -106,21 +108,25 @@ def _bytes(file: str, damage: Damage) -> str:
     return f"{file}, bytes {damage.start} to {damage.stop}"
 
 
-def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) -> None:
-    """Trains tokenizer and language model on the captions, where the config asks and none is there.
+def make_tokenizer(config: ConfigDict, workdir, source: sources.Source) -> None:
+    """Trains a tokenizer on the captions, where the config asks for one and none is there.
 
     Every process does the same; one writes.
     """
     path = frozen.tokenizer_path(config, workdir)
-    if not config.weights.tokenizer and not path.exists():
+    if not config.weights.tokenizer and not Tokenizer.is_saved(path):
         tokenizer = frozen.train_tokenizer(config, source)
         if jax.process_index() == 0:
             tokenizer.save(path)
         _say(f"tokenizer: {tokenizer.vocab_size} tokens, trained on the captions")
     multihost_utils.sync_global_devices("tokenizer")
-    if config.weights.llm or frozen.llm_path(workdir).exists():
+
+
+def make_language_model(config: ConfigDict, workdir, mesh, source, guard: Guard) -> None:
+    """Pre-trains a language model on the captions, where the config asks and none is there."""
+    if config.weights.llm or checkpoint.has_tree(frozen.llm_path(workdir)):
         return
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(frozen.tokenizer_path(config, workdir))
     like = build.sharded(build.abstract_params(config)[1], mesh)["llm"]
     params = init_part(config, mesh, state.Stream.LLM, ("llm",))["llm"]
     c = config.pretrain
@@ -137,7 +143,7 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
         learning_rate=c.learning_rate,
     )
     kind = {"name": "language model", "unit": "captions", "shown": jax.process_index() == 0}
-    with Progress(c.steps, images=c.batch_size, **kind) as bar:
+    with guard.pretraining(), Progress(c.steps, images=c.batch_size, **kind) as bar:
         for i, (trained, loss) in enumerate(steps, 1):
             params = trained
             if i % 10 == 0 or i == c.steps:
@@ -149,8 +155,9 @@ def make_text_side(config: ConfigDict, workdir, mesh, source: sources.Source) ->
                         "at the captions."
                     )
                 bar.update(i, loss=float(loss))
-    params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, like)
-    checkpoint.save_tree(frozen.llm_path(workdir), params)
+                guard.meet(f"pre-training the language model after step {i}")
+        params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, like)
+        checkpoint.save_tree(frozen.llm_path(workdir), params)
 
 
 def first_params(config: ConfigDict, mesh, like: Any) -> Any:
@@ -264,7 +271,7 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
     root = jax.random.key(config.seed)
     rng = jax.random.fold_in(root, state.Stream.TRAIN)
     with distributed.together():
-        watch = Watch(parts, start)
+        watch = Watch(parts, start, guard.goodput)
     alone = jax.process_count() == 1
     batches = feed(
         parts.train_loader.batches(start),
@@ -294,6 +301,7 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
             if stop or _due(number, config.checkpoint.every, last):
                 watch.settle()  # nothing that is not finite is ever saved
                 with guard.saving(), watch.meter.pause("checkpoint"):
+                    watch.flush()
                     saved.save(number, current, config)
             if stop and number < last:
                 watch.leave()

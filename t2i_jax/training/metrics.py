@@ -68,6 +68,11 @@ class MetricWriter:
         if self._wandb:
             self._wandb.image(int(step), name, image)
 
+    def flush(self) -> None:
+        """The lines so far are stored after it."""
+        self._lines.flush()
+        self._speed.flush()
+
     def close(self, *, finished: bool = True) -> None:
         """Writes what is pending; a second call does nothing. `finished`: the last step is done."""
         self._lines.close()

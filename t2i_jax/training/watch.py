@@ -1,8 +1,7 @@
 """What a run looks at while it trains: losses, norms, held-out samples, pictures, bad samples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import math
-import time
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from t2i_jax.errors import UserError
 from t2i_jax.evaluation import pictures
 from t2i_jax.progress import Progress
 from t2i_jax.training import faults, state
-from t2i_jax.training.history import goodput
 from t2i_jax.training.meter import Meter
 from t2i_jax.training.metrics import MetricWriter, read_metrics
 from t2i_jax.training.parts import Parts
@@ -35,8 +33,10 @@ class Watch:
       meter: of the time that steps take.
     """
 
-    def __init__(self, parts: Parts, start: int):
+    def __init__(self, parts: Parts, start: int, goodput: Callable[[], float]):
+        """`start` is the step that is resumed at; process 0 asks for the `goodput` until now."""
         self._parts, config = parts, parts.config
+        self._goodput = goodput
         self.asked = False
         self._pending: tuple[int, Any] | None = None
         self._shown: dict[str, float] = {}
@@ -132,6 +132,12 @@ class Watch:
             path = self._parts.workdir / "samples" / f"step_{number:07d}.png"
             self._writer.image(number, "samples", picture, path)
 
+    def flush(self) -> None:
+        """What was told so far is stored after it, as what a checkpoint stands on has to be."""
+        self._faults.flush()
+        if self._main:
+            self._writer.flush()
+
     def close(self) -> None:
         """After the last step: what is pending, and loss.png."""
         self.settle()
@@ -159,9 +165,7 @@ class Watch:
     def _write_speed(self, number: int) -> None:
         line = self.meter.read()
         if line and self._main:
-            self._writer.speed(
-                number, line | {"goodput": goodput(self._parts.workdir, time.time())}
-            )
+            self._writer.speed(number, line | {"goodput": self._goodput()})
 
 
 def _writer(parts: Parts, start: int) -> MetricWriter:

@@ -363,7 +363,7 @@ def test_the_built_in_worlds(tmp_path, source):
 def test_the_tokenizer_is_that_of_training(tmp_path):
     config = tiny.config(weights__llm="not trained here")
     source = sources.make_source(config, "train")
-    loop.make_text_side(config, tmp_path, None, source)
+    loop.make_tokenizer(config, tmp_path, source)
     module._prompts(config, source).tokenizer.save(tmp_path / "other")
     same = [(tmp_path / d / "tokenizer.json").read_bytes() for d in ("tokenizer", "other")]
     assert same[0] == same[1]

@@ -17,6 +17,7 @@ from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training import loop, state, step, watch, workdir
 from t2i_jax.training.metrics import read_metrics
+from t2i_jax.training.watchdog import Watchdog
 from tests import tiny
 
 
@@ -175,11 +176,17 @@ def test_a_directory_in_which_nothing_was_made_is_free(tmp_path):
         workdir.claim(tiny.config(), tmp_path, Counted(6))
 
 
-def test_a_language_model_that_diverges_is_not_kept(tmp_path):
+def test_a_language_model_that_diverges_is_not_kept(tmp_path, monkeypatch):
+    """And while it is trained, the watchdog watches."""
+    watched = []
+    monkeypatch.setattr(
+        Watchdog, "expect", lambda self, what, *, pause=False: watched.append((what, pause))
+    )
     config = tiny.config(pretrain__learning_rate=1e30)
     with pytest.raises(loop.NonFiniteError, match=r"pretrain\.learning_rate"):
         loop.train(config, tmp_path / "run")
     assert not frozen.llm_path(tmp_path / "run").exists()
+    assert watched == [("the tokenizer", True), ("pre-training the language model", True)]
 
 
 @pytest.mark.parametrize(
