@@ -170,7 +170,7 @@ def require(**values: Any) -> None:
 
 def refuse(*names: str, where: str) -> None:
     """Raises ConfigError for flags that are given but are not read there."""
-    given = [f"--{name}" for name in names if flags.FLAGS[name].value]
+    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
     if given:
         raise ConfigError(f"{' and '.join(given)} does not go with {where} (--help).")
 

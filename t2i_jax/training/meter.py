@@ -36,6 +36,7 @@ class Meter:
         self._config, self._devices, self._clock = config, devices, clock
         chip = machines.chip_of(jax.devices()[0].device_kind)
         self._peak = chip.peak if chip else None
+        self._work: dict[tuple[int, bool], float] = {}  # by length of texts and kind of batch
         self._steps, self._flops, self._next = 0, 0.0, 0.0
         self._begun: float | None = None
         self._waited = 0.0
@@ -52,14 +53,16 @@ class Meter:
             except StopIteration:
                 return
             self._waited += self._clock() - start
-            self._next = self._work(batch.arrays)
+            self._next = self._flops_of(batch.arrays)
             yield batch
 
-    def _work(self, arrays: Mapping[str, Any]) -> float:
-        """FLOPs of a device for a step on these arrays."""
+    def _flops_of(self, arrays: Mapping[str, Any]) -> float:
+        """Those of a device for a step on these arrays; counted once for each kind of them."""
         length, latents = arrays["ids"].shape[-1], "moments" in arrays
-        work = flops.train_step(self._config, length, latents=latents)
-        return sum(work.values()) / self._devices
+        if (length, latents) not in self._work:
+            work = flops.train_step(self._config, length, latents=latents)
+            self._work[length, latents] = sum(work.values()) / self._devices
+        return self._work[length, latents]
 
     @contextlib.contextmanager
     def pause(self, name: str) -> Iterator[None]:
