@@ -32,6 +32,8 @@ from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.options import Options, resolve
 from t2i_jax.progress import Progress
 
+_TOLD = 3  # prompts that are cut, of those of a call
+
 
 class Pipeline(NamedTuple):
     """A model with its weights, tokenizers and autoencoder, ready to draw.
@@ -214,16 +216,19 @@ class Pipeline(NamedTuple):
         if jax.process_index():
             return
         prompts = list(dict.fromkeys(prompts))
-        for prompt, read in zip(prompts, self.prompts.read(prompts), strict=True):
-            if read is not None:
-                logging.warning(
-                    "A prompt of %d characters is cut: %d tokens are read, up to ...%r; what is "
-                    "lost begins with %r",
-                    len(prompt),
-                    self.prompts.length,
-                    prompt[:read][-40:],
-                    prompt[read:][:40],
-                )
+        read = zip(prompts, self.prompts.read(prompts), strict=True)
+        cut = [(prompt, count) for prompt, count in read if count is not None]
+        for prompt, count in cut[:_TOLD]:
+            logging.warning(
+                "A prompt of %d characters is cut: %d tokens are read, up to ...%r; what is lost "
+                "begins with %r",
+                len(prompt),
+                self.prompts.length,
+                prompt[:count][-40:],
+                prompt[count:][:40],
+            )
+        if len(cut) > _TOLD:
+            logging.warning("%d of %d prompts are cut like these", len(cut), len(prompts))
 
 
 class _Drawing(NamedTuple):

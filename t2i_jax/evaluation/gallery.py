@@ -99,10 +99,11 @@ def save_files(
         raise ConfigError(f"Images cannot be written to {folder}: {error}.") from error
 
 
-def save_png(file: epath.Path, image: Image.Image, drawn: Any, config: str) -> None:
-    """A PNG with what made it; `drawn` is anything for JSON, `config` a config's JSON."""
+def save_png(file: epath.Path, image: Image.Image, drawn: Any, config: str = "") -> None:
+    """A PNG with what made it; `drawn` is anything for JSON, `config` a config's JSON, or ''."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("drawn", json.dumps(drawn, ensure_ascii=False))
-    text.add_itxt("config", config, zip=True)
+    if config:
+        text.add_itxt("config", config, zip=True)
     with file.open("wb") as out:
         image.save(out, "PNG", pnginfo=text)
