@@ -29,11 +29,11 @@ from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.evaluation import dpg, drawn, geneval
 from t2i_jax.evaluation import report as pages
 from t2i_jax.evaluation.drawn import Item, Way
+from t2i_jax.evaluation.report import Sample
 from t2i_jax.options import resolve
 from t2i_jax.pipeline import Pipeline
 
 Report = dict[str, Any]
-Sample = tuple[np.ndarray, str, bool | None]  # image, caption, whether it passed
 Samples = dict[str, list[Sample]]  # by category
 _SHOWN = 24  # samples of a category
 
@@ -101,7 +101,7 @@ def _scenes(setting: Setting) -> tuple[Report, Samples]:
     shuffled = [prompts[i] for i in order]  # now and then, another prompt asks for the same
     samples: Samples = {}
     for image, prompt, good in zip(images, prompts, passed, strict=True):
-        samples.setdefault(prompt.category, []).append((image, prompt.text, good))
+        samples.setdefault(prompt.category, []).append(Sample(image, prompt.text, good))
     return {
         "metric": "accuracy",
         "better": "higher",
@@ -127,7 +127,7 @@ def _digits(setting: Setting) -> tuple[Report, Samples]:
     right = found.pop("right")
     samples: Samples = {}
     for image, label, prompt, good in zip(images, labels, prompts, right, strict=True):
-        samples.setdefault(digits.WORDS[label], []).append((image, prompt, good))
+        samples.setdefault(digits.WORDS[label], []).append(Sample(image, prompt, good))
     told = {"metric": "accuracy", "better": "higher", "num_images": count}
     return told | found, samples
 
@@ -218,7 +218,7 @@ def _shown(folder: epath.Path, items: Sequence[Item], categories: Sequence[str])
     for item, category in zip(items, categories, strict=True):
         some = samples.setdefault(category, [])
         if len(some) < _SHOWN:
-            some += [(image, item.prompt, None) for image in drawn.read(folder, item)]
+            some += [Sample(image, item.prompt) for image in drawn.read(folder, item)]
     return samples
 
 
