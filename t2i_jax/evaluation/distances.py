@@ -8,9 +8,9 @@ distance of N(m_1, A) and N(m_2, B) squared is
 over the cross-covariances C that leave [[A, C], [C^T, B]] positive semi-definite. With R and Q the
 symmetric roots of A and B, these are C = R K Q with |K| <= 1, and tr C = tr(K Q R) is largest where
 it is the sum of the singular values of Q R: the trace of (Q A Q)^(1/2). Q A Q is symmetric and
-positive semi-definite, also where A or B is singular, so its eigenvalues are real, and what rounding
-makes negative is zero. (The published code takes the root of A B, which is not symmetric and, as
-rounded, now and then complex; where it is there, it has the same trace.)
+positive semi-definite, also where A or B is singular, so its eigenvalues are real, and what
+rounding makes negative is zero. (The published code takes the root of A B, which is not symmetric
+and, as rounded, now and then complex; where it is there, it has the same trace.)
 
 **Kernel distances** are squared maximum mean discrepancies (Gretton et al., JMLR 13, 2012),
 
