@@ -7,7 +7,7 @@
 Threads of the host decode and resize, some batches ahead of the devices. A network is compiled for
 one shape: the last batch is filled up with zeros, whose features are dropped. Batches are split
 over all devices, and parameters are whole on each. Of several processes every one is given all
-items, reads those of its own rows, and gets the features of all.
+items, reads those of its own rows, and gets the features of all; what one cannot read ends all.
 
 Products are taken in full float32 on every device: TPUs and GPUs left alone would round what they
 multiply, and features are compared with those that others have made.
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from t2i_jax import sharding
+from t2i_jax import distributed, sharding
 from t2i_jax.data import images
 from t2i_jax.data.bad import BadSample
 from t2i_jax.data.tokenizer import Tokenizer
@@ -129,8 +129,9 @@ class Extractor:
                     return
                 count, made = waiting.popleft()
                 batch = np.zeros((len(rows), *self._reads.shape), self._reads.dtype)
-                for i, one in enumerate(made):
-                    batch[i] = one.result()
+                with distributed.together():
+                    for i, one in enumerate(made):
+                        batch[i] = one.result()
                 yield count, batch
 
 
