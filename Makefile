@@ -29,11 +29,12 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 test: setup
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=60
 
-parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
+parity: .venv/parity  # against published implementations in torch, which nothing else needs
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/parity
 
 .venv/parity: .venv/installed requirements-parity.txt
 	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile --no-deps torch-fidelity==0.4.0
 	touch $@
 
 tpu: .venv/tpu  # what the TPU's compiler makes of the flagship; no TPU is needed
