@@ -26,7 +26,7 @@ import numpy as np
 
 from t2i_jax import distributed
 from t2i_jax.errors import ConfigError, UserError
-from t2i_jax.evaluation import dpg, drawn, geneval
+from t2i_jax.evaluation import dpg, drawn, geneval, realism
 from t2i_jax.evaluation import report as pages
 from t2i_jax.evaluation.drawn import Item, Way
 from t2i_jax.evaluation.report import Sample
@@ -222,12 +222,67 @@ def _shown(folder: epath.Path, items: Sequence[Item], categories: Sequence[str])
     return samples
 
 
+def _mjhq(setting: Setting) -> tuple[Report, Samples]:
+    _needs(setting, "mjhq", realism.METADATA)
+    folder, prompts = _kept(setting, "mjhq"), realism.read_mjhq(setting.prompts)
+    names = realism.some_of(list(prompts), setting.num_images, setting.way.seed)
+    items = realism.mjhq_items({name: prompts[name] for name in names})
+    categories = [prompts[name][0] for name in names]
+    found = _compared(setting, items, categories)
+    return {"num_images": len(items), **found}, _shown(folder, items, categories)
+
+
+def _coco(setting: Setting) -> tuple[Report, Samples]:
+    _needs(setting, "coco", "a file of captions")
+    folder, captions = _kept(setting, "coco"), realism.read_captions(setting.prompts)
+    names = realism.some_of(list(captions), setting.num_images or 30_000, setting.way.seed)
+    items = [Item(f"{name}.png", captions[name], (i,)) for i, name in enumerate(names)]
+    found = _compared(setting, items, None)
+    return {"num_images": len(items), **found}, _shown(folder, items, ["captions"] * len(items))
+
+
+def _compared(
+    setting: Setting, items: Sequence[Item], categories: Sequence[str] | None
+) -> dict[str, Any]:
+    """Draws, and compares with real pictures and prompts what there are networks for.
+
+    With `categories`, whose names the folders of the reference have, FID is told of each, too.
+    """
+    if not setting.clip and not (setting.inception and setting.reference):
+        drawn.draw(setting.way, items, setting.folder, "drawing")
+        todo = "--reference and --inception give FID and KID, --clip the CLIP score and CMMD."
+        return {"metric": "not scored", "better": "lower", "score": None, "todo": todo}
+    networks = realism.Networks.load(setting.inception, setting.clip)
+    real, files = realism.Seen(), []
+    if setting.reference:
+        real, files = realism.reference(networks, setting.reference)
+    drawn.draw(setting.way, items, setting.folder, "drawing")
+    paths = [setting.folder / item.file for item in items]
+    seen = realism.see(networks, paths, "drawn pictures")
+    found = realism.compare(networks, seen, real, [item.prompt for item in items])
+    told = realism.report(found, len(items))
+    if categories is None or not files or seen.inception_ND is None:
+        return told
+    parts = {}
+    for category in dict.fromkeys(categories):
+        ours = [i for i, name in enumerate(categories) if name == category]
+        theirs = [i for i, file in enumerate(files) if file.parent.name == category]
+        if len(ours) > 2 and len(theirs) > 1:
+            only = realism.Networks(networks.inception, None)
+            fid = realism.compare(only, seen.rows(ours), real.rows(theirs))["FID"]
+            parts[category] = {"fraction": fid["value"], "interval": fid["interval"]}
+            parts[category] |= {"n": len(ours)}
+    return told | {"categories": parts}
+
+
 WORLDS = ("scenes", "digits")  # of models that were trained on them
 BENCHMARKS: dict[str, Callable[[Setting], tuple[Report, Samples]]] = {
     "scenes": _scenes,
     "digits": _digits,
     "geneval": _geneval,
     "dpg": _dpg,
+    "mjhq": _mjhq,
+    "coco": _coco,
 }
 
 
