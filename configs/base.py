@@ -227,6 +227,14 @@ def get_config() -> ConfigDict:
         "two blue cups to the left of a yellow vase",
     )
 
+    # Scores of the averaged weights in metrics.jsonl: of a built-in world its own, of other data
+    # FID to held-out pictures and the CLIP score (t2i_jax/training/exam.py).
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 0  # steps; 0 = never
+    config.evaluation.num_images = 300  # drawn each time; of other data at most those held out
+    config.evaluation.inception = ""  # weights of FID's network, a .safetensors; '' = no FID
+    config.evaluation.clip = ""  # directory of a CLIP of transformers; '' = no CLIP score
+
     # devices = data x fsdp x tensor. One of them may be -1: the rest; data and fsdp both: 8 to 64
     # shards, along whole axes of a slice's torus but not all of them, and replicas of these.
     config.mesh = ConfigDict()

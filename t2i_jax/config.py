@@ -31,6 +31,10 @@ _LATER: dict[str, Any] = {
     "sampling.apg_norm": 0.0,
     "sampling.apg_momentum": -0.5,
     "sampling.zero_steps": 1,
+    "evaluation.every": 0,
+    "evaluation.num_images": 300,
+    "evaluation.inception": "",
+    "evaluation.clip": "",
 }
 
 # --- reading ---
@@ -119,8 +123,8 @@ def from_json(text: str) -> ConfigDict:
             raise ValueError(f"an object is expected, got {type(values).__name__}")
         for key, value in _LATER.items():
             section, name = key.split(".")
-            if section in values:
-                values[section].setdefault(name, value)
+            if "sampling" in values:  # a whole config
+                values.setdefault(section, {}).setdefault(name, value)
         return ConfigDict(values).lock()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"This is not a config's JSON: {error}") from error

@@ -40,7 +40,14 @@ def contradictions(config: ConfigDict) -> list[str]:
             allowed, words = RANGES.get(key, POSITIVE)
             if not (math.isfinite(value) and allowed(value)):
                 problems.append(f"{key} = {value} must be {words}")
-    for rules in (_model_rules, _lora_rules, _data_rules, _training_rules, _sampling_rules):
+    for rules in (
+        _model_rules,
+        _lora_rules,
+        _data_rules,
+        _training_rules,
+        _sampling_rules,
+        _evaluation_rules,
+    ):
         problems += rules(config)
     return problems
 
@@ -318,3 +325,18 @@ def _sampling_rules(config: ConfigDict) -> Iterator[str]:
             f"sampling.zero_steps = {sampling.zero_steps} leaves none of sampling.steps = "
             f"{sampling.steps} in which anything moves"
         )
+
+
+def _evaluation_rules(config: ConfigDict) -> Iterator[str]:
+    evaluation, source = config.evaluation, config.data.source
+    if not evaluation.every or source in ("scenes", "digits"):
+        return
+    if not (evaluation.inception or evaluation.clip):
+        yield (
+            f"evaluation.every = {evaluation.every}, but data.source = {source!r} has no score of "
+            "its own: name evaluation.inception or evaluation.clip"
+        )
+    if evaluation.inception and source == "latents":
+        yield "evaluation.inception is given, but data.source = 'latents' has no pictures"
+    if not config.data.validation_size:
+        yield f"evaluation.every = {evaluation.every}, but data.validation_size = 0"

@@ -85,6 +85,8 @@ RANGES: dict[str, _Range] = {
     "checkpoint.keep_every": _OR_ZERO,
     "validation.every": _OR_ZERO,
     "sampling.every": _OR_ZERO,
+    "evaluation.every": _OR_ZERO,
+    "evaluation.num_images": (lambda x: x >= 6, "at least 6"),
     "sampling.guidance": _OR_ZERO,
     "sampling.guidance_rescale": _RATE,
     "sampling.apg_parallel": _OR_ZERO,

@@ -156,7 +156,7 @@ def report(found: Mapping[str, Mapping[str, Any]], count: int) -> dict[str, Any]
 
 
 def read_mjhq(path: str) -> dict[str, tuple[str, str]]:
-    """{id: (category, prompt)} of meta_data.json, in its order. Raises MissingError, ConfigError."""
+    """{id: (category, prompt)} of meta_data.json, in order. Raises MissingError, ConfigError."""
     text = _text(path, METADATA)
     try:
         entries = json.loads(text).items()

@@ -15,7 +15,7 @@ from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import loop, state, step, watch, workdir
+from t2i_jax.training import held_out, loop, state, step, workdir
 from t2i_jax.training.metrics import read_metrics
 from t2i_jax.training.watchdog import Watchdog
 from tests import tiny
@@ -80,7 +80,7 @@ def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
     ],
 )
 def test_validation_leaves_out_what_does_not_divide(count, batch_size, shards, sizes):
-    assert watch.validation_sizes(count, batch_size, shards) == sizes
+    assert held_out.validation_sizes(count, batch_size, shards) == sizes
 
 
 def test_a_finished_run_has_nothing_to_do(trained):
