@@ -18,7 +18,7 @@ from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.prepare import latents as encoding
-from t2i_jax.training import step
+from t2i_jax.training import held_out, step
 from tests import toys
 
 NAME, COUNT = "ablations/baseline", 21
