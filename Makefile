@@ -24,7 +24,7 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 	$(CPU) .venv/bin/python launch/train.py --config=configs/scenes.py --workdir=$(WORKDIR) $(ARGS)
 	$(CPU) .venv/bin/python launch/sample.py --checkpoint=$(WORKDIR) --num_images=3 --out=$(WORKDIR)/samples.png
 	$(CPU) .venv/bin/python launch/evaluate.py --benchmark=scenes --checkpoint=$(WORKDIR) --out=$(WORKDIR)/report.json $(SCORE_ARGS)
-	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl and report.json"
+	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl, report.json and report.html"
 
 test: setup
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=60

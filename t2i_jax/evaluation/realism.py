@@ -25,9 +25,9 @@ from t2i_jax.progress import Progress
 PIPELINE = (
     "Drawn pictures are rounded to 8 bits and stored as PNG, real ones are read as they are. "
     "FID and KID: resized to 299 x 299 without keeping the aspect, by Pillow's bicubic filter with "
-    "antialiasing, channel by channel in float32 and not rounded (clean-fid); (x - 128) / 128; "
-    "Inception-v3 of 2015-12-05 with TensorFlow's poolings; pool features (2048) in float32, their "
-    "mean and unbiased covariance in float64. CLIP: shorter side resized by Pillow's bicubic "
+    "antialiasing, channel by channel in float32, clipped and not rounded (clean-fid); (x - 128) / "
+    "128; Inception-v3 of 2015-12-05 with TensorFlow's poolings; pool features (2048) in float32, "
+    "their mean and unbiased covariance in float64. CLIP: shorter side resized by Pillow's bicubic "
     "filter in 8 bits, centre crop, the mean and deviation of its preprocessor_config.json."
 )
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
