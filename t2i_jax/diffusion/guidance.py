@@ -52,6 +52,13 @@ class Guidance(NamedTuple):
         """Whether there are levels that it leaves alone."""
         return tuple(self.interval) != (0.0, 1.0)
 
+    def told(self) -> dict[str, Any]:
+        """The method with the numbers that it reads, and the interval where there is one."""
+        read = {"rescaled": ("rescale",), "apg": ("parallel", "norm", "momentum")}
+        read["cfg-zero"] = ("zero_steps",)
+        found = {"method": self.method} | {k: getattr(self, k) for k in read.get(self.method, ())}
+        return found | ({"interval": list(self.interval)} if self.limited else {})
+
     def rows(self, scale: float, levels: Sequence[float]) -> Rows:
         """What is added to a solver's table for levels (S + 1,): the scale of each step."""
         t, (low, high) = np.asarray(levels, np.float32)[:-1], self.interval

@@ -57,7 +57,7 @@ def how_drawn(pipeline: Pipeline, options: Options) -> dict[str, Any]:
         "first_level": round(float(options.levels[0]), 6),
         "solver": options.solver,
         "guidance_scale": options.scale,
-        "guidance": None if options.guidance is None else options.guidance._asdict(),
+        "guidance": None if options.guidance is None else options.guidance.told(),
     }
 
 

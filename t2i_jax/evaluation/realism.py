@@ -125,10 +125,9 @@ def compare(
         if drawn.inception_ND is not None and real.inception_ND is not None:
             size = min(_SUBSET, len(drawn.inception_ND), len(real.inception_ND))
             kid = distances.kid(drawn.inception_ND, real.inception_ND, subset_size=size)
-            name = f"KID x 1000, of {kid.subsets} subsets of {size}"
-            spread = (1000 * (kid.mean - kid.deviation), 1000 * (kid.mean + kid.deviation))
-            found[name] = {"value": 1000 * kid.mean, "interval": None, "deviation": spread}
-            found[name] |= {"n": len(drawn.inception_ND)}
+            spread = f"deviation {1000 * kid.deviation:.3g} over {kid.subsets} subsets of {size}"
+            value = {"value": 1000 * kid.mean, "interval": None, "n": len(drawn.inception_ND)}
+            found[f"KID x 1000 ({spread})"] = value
         if drawn.clip_NP is not None and real.clip_NP is not None:
             found["CMMD"] = distances.cmmd(drawn.clip_NP, real.clip_NP)._asdict()
         if drawn.clip_NP is not None and prompts is not None:

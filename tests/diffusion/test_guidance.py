@@ -152,3 +152,14 @@ def test_guidance_goes_through_every_solver(solver):
     z = 0.1 * Z
     found = solvers.solve(solver, field, z, rows, guidance.first(how, z), lambda number: 0 * z)
     assert np.isfinite(found).all() and found.shape == SHAPE
+
+
+def test_a_method_tells_the_numbers_that_it_reads():
+    assert Guidance().told() == {"method": "plain"}
+    assert Guidance("apg", norm=15.0, interval=(0.2, 1.0)).told() == {
+        "method": "apg",
+        "parallel": 0.0,
+        "norm": 15.0,
+        "momentum": -0.5,
+        "interval": [0.2, 1.0],
+    }
