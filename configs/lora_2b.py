@@ -13,10 +13,16 @@ from configs import fusion_2b
 
 
 def get_config() -> ConfigDict:
-    """Rank 16 on every product of the blocks, 2,000 steps of 16 images, two at once."""
-    config = fusion_2b.get_config().unlock()
+    """The flagship's model, its factors trained."""
+    config = factors(fusion_2b.get_config())
     config.name = "lora_2b"
     config.weights.start = "weights/fusion_2b"
+    return config.lock()
+
+
+def factors(config: ConfigDict) -> ConfigDict:
+    """Rank 16 on every product of the blocks, 2,000 steps of 16 images, two at once."""
+    config = config.unlock()
     config.lora.update(rank=16, alpha=16.0)
     config.optimizer.update(learning_rate=2e-4, warmup_steps=50)
     config.ema.update(decay=0.99, every=1, warmup=True)  # of a run of 2,000 steps, not of 500,000
@@ -24,4 +30,4 @@ def get_config() -> ConfigDict:
     config.checkpoint.update(every=250)
     config.validation.update(every=250)
     config.sampling.update(every=250, batch_size=4)
-    return config.lock()
+    return config

@@ -42,9 +42,11 @@ def clip(config: ConfigDict) -> CLIPText | None:
 
 def make_autoencoder(config: ConfigDict, net: Any = None) -> autoencoder.Autoencoder:
     """The autoencoder; `net` is the network of loaded weights, if there are any."""
-    dtype = jnp.dtype(config.train.dtype)
-    net = net.clone(dtype=dtype) if net is not None else None
-    return autoencoder.make(**config.autoencoder, net=net, dtype=dtype)
+    # Its one head, 512 wide, is for no kernel but the TPU's.
+    kernel = "xla" if config.train.attention == "xla" else "auto"
+    how = {"dtype": jnp.dtype(config.train.dtype), "kernel": kernel}
+    net = net.clone(**how) if net is not None else None
+    return autoencoder.make(**config.autoencoder, net=net, **how)
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:

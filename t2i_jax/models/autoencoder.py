@@ -47,12 +47,13 @@ class Middle(nn.Module):
 
     groups: int
     dtype: layers.Dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         features = x_BHWC.shape[-1]
         x_BHWC = ResNet(features, self.groups, self.dtype, name="resnet_0")(x_BHWC)
-        x_BHWC = Attention(self.groups, self.dtype, name="attention")(x_BHWC)
+        x_BHWC = Attention(self.groups, self.dtype, self.kernel, name="attention")(x_BHWC)
         return ResNet(features, self.groups, self.dtype, name="resnet_1")(x_BHWC)
 
 
@@ -85,6 +86,7 @@ class Encoder(nn.Module):
     layers_per_block: int
     groups: int
     dtype: layers.Dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -95,7 +97,7 @@ class Encoder(nn.Module):
             resize = "down" if i < last else None
             stage = Stage(features, self.layers_per_block, resize, name=f"down_{i}", **both)
             x_BHWC = stage(x_BHWC)
-        x_BHWC = Middle(name="mid", **both)(x_BHWC)
+        x_BHWC = Middle(name="mid", kernel=self.kernel, **both)(x_BHWC)
         x_BHWC = nn.silu(GroupNorm(self.groups, name="norm_out")(x_BHWC))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(x_BHWC)
 
@@ -108,13 +110,14 @@ class Decoder(nn.Module):
     layers_per_block: int
     groups: int
     dtype: layers.Dtype
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         both = {"groups": self.groups, "dtype": self.dtype}
         last = len(self.block_out_channels) - 1
         x_BHWC = Conv(self.block_out_channels[-1], dtype=self.dtype, name="conv_in")(x_BHWC)
-        x_BHWC = Middle(name="mid", **both)(x_BHWC)
+        x_BHWC = Middle(name="mid", kernel=self.kernel, **both)(x_BHWC)
         for i, features in enumerate(reversed(self.block_out_channels)):
             resize = "up" if i < last else None
             stage = Stage(features, self.layers_per_block + 1, resize, name=f"up_{i}", **both)
@@ -133,6 +136,7 @@ class AutoencoderKL(nn.Module):
     use_quant_conv: bool = False  # a 1 x 1 convolution on the moments
     use_post_quant_conv: bool = False  # and one on the latents
     dtype: layers.Dtype = jnp.float32  # of the computation; norms and softmax are float32
+    kernel: str = "auto"  # of attention, of `attention.KERNELS`
 
     @property
     def downsample(self) -> int:
@@ -146,7 +150,7 @@ class AutoencoderKL(nn.Module):
                 f"block_out_channels {channels} must be multiples of norm_groups "
                 f"{self.norm_groups}."
             )
-        sizes = (channels, self.layers_per_block, self.norm_groups, self.dtype)
+        sizes = (channels, self.layers_per_block, self.norm_groups, self.dtype, self.kernel)
         self.encoder = Encoder(2 * self.latent_channels, *sizes)
         self.decoder = Decoder(PIXEL_CHANNELS, *sizes)
         if self.use_quant_conv:
@@ -273,6 +277,7 @@ def make(
     *,
     net: AutoencoderKL | None = None,
     dtype: layers.Dtype = jnp.float32,
+    kernel: str = "auto",
     **architecture: Any,
 ) -> Autoencoder:
     """The autoencoder of a config's section, `make(**config.autoencoder)`.
@@ -291,7 +296,7 @@ def make(
     if kind == "identity":
         net = Identity()
     elif net is None:
-        net = AutoencoderKL(latent_channels=channels, dtype=dtype, **architecture)
+        net = AutoencoderKL(latent_channels=channels, dtype=dtype, kernel=kernel, **architecture)
     for name, given, actual in (
         ("channels", channels, net.latent_channels),
         ("downsample", downsample, net.downsample),

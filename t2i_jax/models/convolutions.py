@@ -83,6 +83,7 @@ class Attention(nn.Module):
 
     groups: int
     dtype: layers.Dtype
+    kernel: str = "auto"  # of `attention.KERNELS`
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -95,7 +96,7 @@ class Attention(nn.Module):
 
         h_BSC = GroupNorm(self.groups, name="norm")(x_BHWC).reshape(batch, -1, channels)
         q, k, v = (dense(name, "BSC,CD->BSD")(h_BSC)[:, :, None] for name in "qkv")
-        h_BSC = attend(q, k, v, scale=channels**-0.5)[:, :, 0]
+        h_BSC = attend(q, k, v, scale=channels**-0.5, kernel=self.kernel)[:, :, 0]
         return x_BHWC + dense("out", "BSD,DC->BSC")(h_BSC).reshape(x_BHWC.shape)
 
 

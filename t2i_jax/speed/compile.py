@@ -7,7 +7,7 @@ What is told: whether it fits, what fills the memory, what travels between devic
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import re
 import time
@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import build, flops, machines, options, plan, sampler, sharding
 from t2i_jax.models.autoencoder import Autoencoder
-from t2i_jax.models.layers import REMAT_POLICIES
-from t2i_jax.speed import hlo, ideal
+from t2i_jax.speed import advice, hlo, ideal
 from t2i_jax.training import program, step
 
 Report = dict[str, Any]
@@ -39,9 +38,10 @@ class Compiled(NamedTuple):
     problem: str  # '' where it fits
 
     @property
-    def temporary(self) -> float:
-        """Bytes of HBM beside what the program, which fits, is given."""
-        return self.needed - self.program.memory_analysis().argument_size_in_bytes
+    def temporary(self) -> float | None:
+        """Bytes of HBM beside what the program is given; of one that does not fit, `needed`."""
+        given = self.program.memory_analysis().argument_size_in_bytes if self.program else 0
+        return self.needed and self.needed - given
 
 
 def train(config: ConfigDict, topology: str, *, latents: bool = False) -> Report:
@@ -157,7 +157,8 @@ def _report(
 ) -> Report:
     """Lowers, compiles and reads.
 
-    `memory` is what the arguments hold, `must` what must travel, `encoder` what runs before.
+    `memory` is what the arguments hold, `must` what must travel, `encoder` what runs before, while
+    all of the arguments but the batch are there. 'peaks' has the most that each program needs.
     """
     chip, devices = machines.CHIPS[job.machine.chip], job.mesh.size
     with jax.set_mesh(job.mesh):
@@ -166,10 +167,11 @@ def _report(
         traced = time.perf_counter() - start
         done = compile_(lowered)
     runs = [done, encoder] if encoder else [done]
-    failed = [run for run in runs if run.problem]
-    needed, problem = (failed or runs)[0].needed, " ".join(run.problem for run in failed)
-    if encoder and not failed:
-        needed = max(needed, sum(memory.values()) + encoder.temporary)
+    problem = " ".join(run.problem for run in runs if run.problem)
+    peaks = {job.what: done.needed}
+    if encoder:
+        peaks["encoder"] = encoder.temporary and encoder.temporary + sum(memory.values())
+    needed = None if None in peaks.values() else max(peaks.values())
     report = {
         "config": job.config.name,
         "what": job.what,
@@ -186,6 +188,7 @@ def _report(
         "fits": not problem and needed <= chip.memory,
         "bytes_needed": needed,
         "bytes_there": chip.memory,
+        "peaks": peaks,
         "model_flops_a_device": sum(model.values()) / devices,
     }
     if problem:
@@ -196,14 +199,34 @@ def _report(
             "memory": memory | temporaries(done.program, parsed, job.config),
             **traffic([parsed, *others], must, devices),
             **work([parsed, *others], model, devices),
-            "largest": [
-                {"bytes": a.bytes, "type": f"{a.dtype}{list(a.shape)}", "count": n, "line": line}
-                for a, n, line in parsed.largest(_SHOWN)
-            ],
+            "largest": _listed(parsed.largest(_SHOWN)),
+            "scores": _listed(
+                row for run in [parsed, *others] for row in run.across(score_lengths(job.config))
+            ),
         }
-        if encoder:
-            report["memory"]["temporaries of the encoder"] = encoder.temporary
-    return report | {"suggestions": suggestions(report, job.config)}
+    return report | {"suggestions": advice.suggestions(report, job.config)}
+
+
+def score_lengths(config: ConfigDict) -> set[tuple[int, int]]:
+    """(queries, keys) of what must never be an array: scores, or a mask of that size.
+
+    Of the DiT, whose keys are text and image, and of the autoencoder. Image tokens that attend to
+    text alone are left out: 1024 x 256 are the queries of a head, too.
+    """
+    height, width, _ = build.latent_shape(config)
+    image = height * width // config.dit.patch_size**2
+    joint = config.dit.attention == "joint"
+    found = {(image, image + config.data.max_text_tokens * joint)}
+    if config.autoencoder.kind != "identity":
+        found |= {(side**2, side**2) for side in (height, config.autoencoder.tile) if side}
+    return found
+
+
+def _listed(rows: Iterable[tuple[hlo.Array, int, str]]) -> list[dict[str, Any]]:
+    return [
+        {"bytes": a.bytes, "type": f"{a.dtype}{list(a.shape)}", "count": n, "line": line}
+        for a, n, line in rows
+    ]
 
 
 def compile_(lowered: Any) -> Compiled:
@@ -249,11 +272,13 @@ def temporaries(compiled: Any, parsed: hlo.Program, config: ConfigDict) -> dict[
     """Bytes that a step needs beside: activations kept for the backward pass, and the rest."""
     memory = compiled.memory_analysis()
     total = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    away = memory.host_temp_size_in_bytes  # of dit.remat = 'offload'
     kept = min(parsed.stacked("jvp(", config.dit.num_layers), total)
     return {
         "activations": kept,
         "temporaries": max(total - kept, 0),
         "program": memory.generated_code_size_in_bytes,
+        **({"in the host's memory": away} if away else {}),
     }
 
 
@@ -287,46 +312,3 @@ def work(runs: Sequence[hlo.Program], model: dict[str, float], devices: int) -> 
         "flops": {"model": model, "compiled": dict(found)},
         "flops_ratio": sum(found.values()) / sum(model.values()),
     }
-
-
-def suggestions(report: Report, config: ConfigDict) -> list[str]:
-    """What to change where it does not fit; the cheapest first."""
-    if report["fits"]:
-        return []
-    if report["bytes_needed"] is None:
-        return ["train.attention = 'xla': without the kernel that needs more than the chip's VMEM"]
-    memory = report["memory"]
-    held_ = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser", "frozen"))
-    shards = report["mesh"]["data"] * report["mesh"]["fsdp"]
-    if held_ > report["bytes_there"]:
-        out = []  # whatever is done with activations
-    elif report["what"] == "sample":
-        out = _smaller_batch(report["batch_size"] // shards, "sampling.batch_size", shards)
-        if not config.autoencoder.tile:
-            out.append("autoencoder.tile = 32: images are decoded in parts")
-    else:
-        out = _smaller_step(report, config, shards)
-    if held_ > 0.6 * report["bytes_there"]:
-        if report["mesh"]["data"] > 1:
-            out.append("mesh.fsdp larger, mesh.data smaller: parameters in more parts")
-        else:
-            out.append(
-                f"more devices: what is held before any activation is {held_ / 1e9:.1f} GB on each"
-            )
-        if report["what"] == "train" and not config.lora.rank:
-            out.append("lora.rank = 16, with weights.start: low-rank factors alone are trained")
-    return out
-
-
-def _smaller_step(report: Report, config: ConfigDict, shards: int) -> list[str]:
-    out = []
-    order, now = [name for name in REMAT_POLICIES if name != "offload"], config.dit.remat
-    if now in order[:-1]:
-        out.append(f"dit.remat = {order[order.index(now) + 1]!r}: keep less for the backward pass")
-    if config.train.batch_size // (shards * config.train.accumulation) > 1:
-        out.append(f"train.accumulation = {2 * config.train.accumulation}: half as much at once")
-    return out
-
-
-def _smaller_batch(rows: int, key: str, shards: int) -> list[str]:
-    return [f"{key} = {rows // 2 * shards}: half as much at once"] if rows > 1 else []

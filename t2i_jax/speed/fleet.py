@@ -6,9 +6,11 @@ once. The encoder of images is compiled once for all configs of a machine.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+import importlib.metadata
 import multiprocessing
 from pathlib import Path
 import re
+import subprocess
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -16,15 +18,18 @@ from ml_collections import ConfigDict
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.layers import REMAT_POLICIES
+from t2i_jax.speed import advice, tables
 
 _ROOT = Path(__file__).resolve().parent.parent.parent  # of the checkout
 BEGIN, END = "<!-- what fits: begin -->", "<!-- what fits: end -->"
 PODS = ("v4-256", "v5e-256", "v5p-256", "v6e-64", "v5e-256*2", "tpu7x")
 CHIPS = ("colab-v5e", "colab-v6e")
-_FLAGSHIP = "configs/fusion_2b.py"
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")  # that there must be
+_FLAGSHIP, _LARGE = "configs/fusion_2b.py", "configs/fusion_2b_gemma2.py"
+_FACTORS = ("configs/lora_2b.py", "configs/lora_2b_gemma2.py")
 _TRAINED = (
     _FLAGSHIP,
-    "configs/fusion_2b_gemma2.py",
+    _LARGE,
     "configs/ablations/dit_self_attention.py",
     "configs/ablations/dit_cross_attention.py",
 )
@@ -46,13 +51,20 @@ class Row(NamedTuple):
         return f"{self.what} {config}{changes} on {self.topology}"
 
 
-FOUR = (("sampling.batch_size", 4),)  # images at once: 8 rows with guidance
+_FOUR = (("sampling.batch_size", 4),)  # images at once: 8 rows with guidance
+# Where each config's own dit.remat, "products", is compared with the others.
+_POLICIES = ((_FLAGSHIP, "v4-256"), (_LARGE, "v4-256"), ("configs/lora_2b.py", "colab-v5e"))
 ROWS = (
     *(Row(config, pod) for pod in PODS for config in _TRAINED),
-    *(Row(_FLAGSHIP, "v4-256", changes=(("dit.remat", policy),)) for policy in REMAT_POLICIES),
     *(Row(_FLAGSHIP, chip) for chip in CHIPS),
-    *(Row("configs/lora_2b.py", chip) for chip in CHIPS),
-    *(Row(_FLAGSHIP, chip, "sample", FOUR) for chip in CHIPS),
+    *(Row(config, chip) for chip in CHIPS for config in _FACTORS),
+    *(Row(config, chip, "sample", _FOUR) for chip in CHIPS for config in (_FLAGSHIP, _LARGE)),
+    *(
+        Row(config, machine, changes=(("dit.remat", policy),))
+        for config, machine in _POLICIES
+        for policy in REMAT_POLICIES
+        if policy != "products"
+    ),
 )
 
 
@@ -94,46 +106,70 @@ def changed(row: Row) -> ConfigDict:
     return config
 
 
+def made_with() -> dict[str, str]:
+    """What a report depends on: the commit of the checkout and the versions of the compiler.
+
+    A commit that ends with '+' had changes that were not committed.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed_ = "+" if git("status", "--porcelain", "--", "t2i_jax", "configs") else ""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {"commit": git("rev-parse", "--short=10", "HEAD") + changed_, **versions}
+
+
 def _compile(rows: list[Row]) -> dict[str, Any]:
     from t2i_jax.speed import compile as compiler
 
-    out = {}
+    out, made = {}, made_with()
     for row in rows:
         make = compiler.sample if row.what == "sample" else compiler.train
         report = make(changed(row), row.topology)
-        out[row.name] = {key: value for key, value in report.items() if key != "largest"}
+        kept = {key: value for key, value in report.items() if key != "largest"}
+        out[row.name] = {**kept, "made_with": made}
         print(f"  {row.name}: {report['seconds']}", flush=True)
     return out
 
 
+_HEAD = (
+    "program",
+    "mesh: data x fsdp",
+    "images a device",
+    "memory, GB",
+    "encoder's, GB",
+    "weights and state",
+    "frozen",
+    *KINDS,
+    "other",
+    "of what must",
+    "asynchronous",
+    "FLOPs, of the model's",
+    "compiled in, s",
+    "encoder in, s",
+)
+
+
 def table(reports: dict[str, Any]) -> str:
-    """The reports as Markdown, in the order of `ROWS`."""
-    head = (
-        "program",
-        "mesh: data x fsdp",
-        "images a device",
-        "memory, GB",
-        "weights and state",
-        "frozen",
-        "received, GB",
-        "of what must",
-        "asynchronous",
-        "FLOPs, of the model's",
-        "compiled in, s",
-    )
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [_line(row, reports[row.name]) for row in ROWS if row.name in reports]
-    for row in ROWS:
-        if row.name in reports and not reports[row.name]["fits"]:
+    """The reports as Markdown, in the order of `ROWS`, and what they were made with."""
+    lines = [f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
+    there = [row for row in ROWS if row.name in reports]
+    lines += [_line(row, reports[row.name]) for row in there]
+    for row in there:
+        if not reports[row.name]["fits"]:
             lines += ["", _instead(row, reports[row.name])]
-    return "\n".join(lines)
+    made = {tuple(reports[row.name]["made_with"].items()) for row in there}
+    words = [", ".join(f"{name} {value}" for name, value in one) for one in sorted(made)]
+    return "\n".join([*lines, "", f"Made with {'; '.join(words)}."] if made else lines)
 
 
 def _instead(row: Row, report: dict[str, Any]) -> str:
     """Why a row does not fit, and what to do."""
     if report["bytes_needed"] is None:
         return f"{row.name} does not fit: {report['problem']}"
-    held = sum(report["memory"].values())
+    held = advice.held(report)
     why = f"parameters, averages, moments and frozen weights alone are {_gb(held)} GB a device"
     if held < report["bytes_there"]:
         why = f"beside {_gb(held)} GB that are held, activations have too little room"
@@ -141,37 +177,54 @@ def _instead(row: Row, report: dict[str, Any]) -> str:
 
 
 def _line(row: Row, report: dict[str, Any]) -> str:
-    memory, mesh = report["memory"], report["mesh"]
+    memory, mesh, seconds = report["memory"], report["mesh"], report["seconds"]
     state = sum(memory.get(name, 0) for name in ("parameters", "EMA", "optimiser"))
-    seconds = report["seconds"]
-    needed, there = report["bytes_needed"], _gb(report["bytes_there"])
-    fits = "" if report["fits"] else "**does not fit**: "
+    own, encoder = report["peaks"][report["what"]], report["peaks"].get("encoder")
+    needed = "a kernel" if own is None else f"{_gb(own)} of {_gb(report['bytes_there'])}"
     cells = [
         row.name,
         f"{mesh['data']} x {mesh['fsdp']}",
         f"{report['batch_size'] / (mesh['data'] * mesh['fsdp']):g}",
-        f"{fits}a kernel" if needed is None else f"{fits}{_gb(needed)} of {there}",
+        ("" if report["fits"] else "**does not fit**: ") + needed,
+        _gb(encoder) if encoder else "",
         _gb(state),
         _gb(memory["frozen"]),
         *_travel(report),
         f"{report['flops_ratio']:.3f}" if "flops_ratio" in report else "",
-        f"{sum(seconds.values()):.0f}",
+        f"{seconds['trace'] + seconds['compile']:.0f}",
+        f"{seconds['compile encoder']:.0f}" if seconds["compile encoder"] else "",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def _travel(report: dict[str, Any]) -> list[str]:
-    """Bytes received, as a ratio, and how much of the gathered weights comes while others work."""
+    """By kind what is received and, in brackets, what must be; their ratio; what overlaps."""
     if not report.get("collective_bytes"):
-        return ["", "", ""]
-    gathers = [row for row in report["collectives"] if row["kind"] == "all-gather"]
-    total = sum(row["bytes"] for row in gathers)
-    beside = sum(row["bytes"] for row in gathers if row["asynchronous"])
+        return [""] * (len(KINDS) + 3)
+    kinds = tables.by_kind(report)
+    other = sum(total for kind, (total, _) in kinds.items() if kind not in KINDS)
+    pairs = [kinds.get(kind, (0, report["ideal_bytes"].get(kind, 0))) for kind in KINDS]
     return [
-        _gb(report["collective_bytes"]),
+        *(f"{_gb(total)} ({_gb(must)})" for total, must in pairs),
+        _gb(other),
         f"{report['collective_ratio']:.2f} x",
-        f"{beside / total:.0%} of gathers" if total else "",
+        _overlapping(report["collectives"]),
     ]
+
+
+def _overlapping(collectives: list[dict[str, Any]]) -> str:
+    """How much of the weights comes while something else is computed.
+
+    They come by gathers, or, in products that the compiler has made loops of, by permutes.
+    """
+    way, total, beside = "", 0.0, 0.0
+    for kind, name in (("all-gather", "gathers"), ("collective-permute", "permutes")):
+        rows = [row for row in collectives if row["kind"] == kind]
+        size = sum(row["bytes"] for row in rows)
+        if size > total:
+            way, total = name, size
+            beside = sum(row["bytes"] for row in rows if row["asynchronous"])
+    return f"{beside / total:.0%} of {way}" if total else ""
 
 
 def _gb(size: float) -> str:

@@ -6,14 +6,14 @@ often as the fusion. Sizes are those of one device.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import functools
 import math
 import re
 from typing import Any, NamedTuple
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "f64": 8, "token": 0}
-_ARRAY = re.compile(r"\b(pred|token|bf16|c64|[fsu]\d+(?:e\d\w*)?)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|token|bf16|c64|[fsu]\d+(?:e\d\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = r"%?([\w.-]+)"
 _INSTRUCTION = re.compile(rf"\s*(?:ROOT )?{_NAME} = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _COMPUTATION = re.compile(rf"(?:ENTRY )?{_NAME} \(.*\) -> .* \{{")
@@ -33,6 +33,7 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    host: bool = False  # whether it lies in the host's memory
 
     @property
     def bytes(self) -> float:
@@ -93,8 +94,8 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 name, types, opcode, rest = found.groups()
                 arrays = tuple(
-                    Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-                    for dtype, dims in _ARRAY.findall(types)
+                    Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(5)" in layout)
+                    for dtype, dims, layout in _ARRAY.findall(types)
                 )
                 root = line.lstrip().startswith("ROOT ")
                 body[name] = Instruction(name, opcode, arrays, rest, root)
@@ -147,7 +148,8 @@ class Program:
         """Those between several of the `devices`.
 
         One that runs inside of other work is there several times, as its start, its steps and its
-        end, of one channel; it counts once.
+        end, of one channel; it counts once in the body of a loop, and once more where the compiler
+        has taken a turn out of the loop.
         """
         found: dict[tuple[Any, ...], Collective] = {}
         for instruction, where, times in self.instructions():
@@ -159,7 +161,8 @@ class Program:
                 kind = "reduce-scatter"  # the slice that follows is in the fusion, too
             operands = self._operand_arrays(instruction, where)
             received = _received(kind, operands, group)
-            key = (kind, instruction.attribute("channel_id") or instruction.name, operands)
+            channel = instruction.attribute("channel_id") or instruction.name
+            key = (kind, channel, operands, self._around.get(where, where))
             asynchronous = key in found or instruction.opcode.endswith("-start")
             dtypes = tuple(sorted({a.dtype for a in operands}))
             scope = instruction.scope or self._scopes.get(where, "")
@@ -181,6 +184,22 @@ class Program:
             for callee, _ in self._callees(instruction)
         }
 
+    @functools.cached_property
+    def _around(self) -> dict[str, str]:
+        """Computation of a fusion or call -> the one that it is part of, a loop's or the entry."""
+        within = {
+            callee: name
+            for name, body in self.computations.items()
+            for instruction in body.values()
+            if instruction.opcode not in ("while", "conditional")
+            for callee, _ in self._callees(instruction)
+        }
+
+        def outermost(name: str) -> str:
+            return outermost(within[name]) if name in within else name
+
+        return {name: outermost(name) for name in within}
+
     def flops(self) -> dict[str, float]:
         """Of matrix products and convolutions, and of attention kernels, by name of the part."""
         out: defaultdict[str, float] = defaultdict(float)
@@ -199,8 +218,10 @@ class Program:
         """Bytes that the loops of a scope hand on with a leading axis of `layers`, made in them."""
         total = 0.0
         for instruction, _, _ in self.instructions():
-            inside = instruction.opcode == "while" and scope in instruction.scope
-            if not inside or "transpose" in instruction.scope:
+            if instruction.opcode != "while":
+                continue
+            origin = instruction.scope or self._condition_scope(instruction)
+            if scope not in origin or "transpose" in origin:
                 continue
             body = self.computations[instruction.attribute("body").lstrip("%")]
             (root,) = [i for i in body.values() if i.root]
@@ -209,13 +230,34 @@ class Program:
                 origin = body[made.operands[0]] if made.opcode == "get-tuple-element" else made
                 if origin.opcode == "parameter":  # handed on as it came
                     continue
-                total += sum(a.bytes for a in made.arrays if a.shape[:1] == (layers,))
+                total += sum(
+                    a.bytes for a in made.arrays if a.shape[:1] == (layers,) and not a.host
+                )
         return total
+
+    def _condition_scope(self, loop: Instruction) -> str:
+        """Of a loop that has lost its own."""
+        condition = self.computations[loop.attribute("condition").lstrip("%")]
+        return next((i.scope for i in condition.values() if i.root), "")
 
     def largest(self, count: int) -> list[tuple[Array, int, str]]:
         """(type, how many instructions make one, source line) of the largest arrays in memory."""
-        found: Counter[Array] = Counter()
-        lines: dict[Array, str] = {}
+        there = (i for i in self._unfused() if i.opcode not in _NO_BUFFER)
+        rows = (row for row in self._counted(there) if not row[0].host)
+        ranked = sorted(rows, key=lambda row: -row[0].bytes)
+        return ranked[:count]
+
+    def across(self, lengths: Iterable[tuple[int, int]]) -> list[tuple[Array, int, str]]:
+        """The same of all that have an axis for each of a pair of lengths, of any dtype.
+
+        Those that hold no memory of their own are there, too: of another's they show the shape.
+        """
+        pairs = [Counter(pair) for pair in lengths]
+        rows = self._counted(self._unfused())
+        return [row for row in rows if any(pair <= Counter(row[0].shape) for pair in pairs)]
+
+    def _unfused(self) -> Iterator[Instruction]:
+        """The instructions that run, but for those whose results a fusion does not write out."""
         fused = {
             callee
             for body in self.computations.values()
@@ -223,16 +265,19 @@ class Program:
             if i.opcode == "fusion"
             for callee, _ in self._callees(i)
         }
-        for instruction, where, _ in self.instructions():
-            if where in fused or instruction.opcode in _NO_BUFFER:
-                continue
+        return (i for i, where, _ in self.instructions() if where not in fused)
+
+    def _counted(self, instructions: Iterator[Instruction]) -> list[tuple[Array, int, str]]:
+        """(type, how many make one, source line) of the results."""
+        found: Counter[Array] = Counter()
+        lines: dict[Array, str] = {}
+        for instruction in instructions:
             for array in instruction.arrays:
                 found[array] += 1
                 line = self._lines.get(_frame(instruction.rest), instruction.scope)
                 if line.startswith("t2i_jax") or not lines.get(array):
                     lines[array] = line
-        ranked = sorted(found.items(), key=lambda item: -item[0].bytes)
-        return [(array, times, lines[array]) for array, times in ranked[:count]]
+        return [(array, times, lines[array]) for array, times in found.items()]
 
 
 def part_of(scope: str) -> str:

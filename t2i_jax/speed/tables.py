@@ -2,6 +2,8 @@
 
 from typing import Any
 
+_PROGRAMS = {"train": "the step", "sample": "drawing", "encoder": "the encoder, before it"}
+
 
 def describe(report: dict[str, Any]) -> str:
     """The tree of `compile.train` in lines that fit a terminal."""
@@ -13,7 +15,10 @@ def describe(report: dict[str, Any]) -> str:
         f"  batch        {_how(report)}",
         f"  memory       {_memory(report)}",
     ]
-    lines += [f"    {name:<26} {size(count):>10}" for name, count in report["memory"].items()]
+    for program, peak in report["peaks"].items():
+        lines.append(f"    {_PROGRAMS[program]:<28} {_or_unknown(peak):>10}")
+        parts = report["memory"].items() if program == report["what"] else ()
+        lines += [f"      {name:<26} {size(count):>10}" for name, count in parts]
     if "problem" in report:
         lines.append(f"  the compiler says: {report['problem']}")
     else:
@@ -32,6 +37,10 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _or_unknown(count: float | None) -> str:
+    return "too much" if count is None else size(count)
+
+
 def _memory(report: dict[str, Any]) -> str:
     needed, there = report["bytes_needed"], report["bytes_there"]
     if needed is None:
@@ -48,17 +57,28 @@ def _how(report: dict[str, Any]) -> str:
     return f"{report['batch_size']} in {microbatches}; remat {report['remat']}"
 
 
+def by_kind(report: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Kind of collective -> bytes that a device receives in a step, and those that it must."""
+    must = report["ideal_bytes"]
+    found = {kind: 0.0 for kind in must}
+    for row in report["collectives"]:
+        found[row["kind"]] = found.get(row["kind"], 0) + row["bytes"]
+    return {kind: (total, must.get(kind, 0)) for kind, total in found.items() if total}
+
+
 def _traffic(report: dict[str, Any]) -> list[str]:
     ratio = report["collective_ratio"]
     least = sum(report["ideal_bytes"].values())
     text = f"  collectives  {size(report['collective_bytes'])} received by a device in a step"
     lines = [text + (f", {ratio:.3f} x what must be ({size(least)})" if ratio else "")]
-    for row in report["collectives"]:
-        how = "asynchronous" if row["asynchronous"] else "synchronous"
-        lines.append(
-            f"    {row['kind']:<18} {row['dtype']:<10} {size(row['bytes']):>10}  {row['count']:>5} "
-            f"over {row['devices']}, {how}"
-        )
+    for kind, (total, must) in by_kind(report).items():
+        lines.append(f"    {kind:<18} {size(total):>10}, must be {size(must)}")
+        for row in (row for row in report["collectives"] if row["kind"] == kind):
+            how = "asynchronous" if row["asynchronous"] else "synchronous"
+            lines.append(
+                f"      {row['dtype']:<16} {size(row['bytes']):>10}  {row['count']:>5} over "
+                f"{row['devices']}, {how}"
+            )
     return lines
 
 
