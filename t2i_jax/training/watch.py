@@ -37,7 +37,7 @@ class Watch:
         self._parts, config = parts, parts.config
         self._goodput = goodput
         self.asked = False
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, float] | None = None
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
         self._writer = _writer(parts, start) if self._main else None
@@ -55,14 +55,14 @@ class Watch:
     def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
         """A step is under way: looks at the one before it."""
         self.settle()
-        self._pending = (number, metrics)
+        self._pending = (number, metrics, self.meter.work)
         self._tell(number, bad)
 
     def settle(self) -> None:
         """Waits for the pending step. Raises NonFiniteError where it is not finite."""
         if self._pending is None:
             return
-        number, metrics = self._pending
+        number, metrics, work = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
         bad_C = metrics.pop("bad")
@@ -77,7 +77,7 @@ class Watch:
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
             )
         self._count(number, bad_C)
-        self.meter.step()
+        self.meter.step(work)
         config = self._parts.config.train
         if number % config.log_every == 0 or number == config.steps:
             self._write(number, values | self._bad.metrics())
