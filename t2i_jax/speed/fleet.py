@@ -162,7 +162,9 @@ def table(reports: dict[str, Any]) -> str:
             lines += ["", _instead(row, reports[row.name])]
     made = {tuple(reports[row.name]["made_with"].items()) for row in there}
     words = [", ".join(f"{name} {value}" for name, value in one) for one in sorted(made)]
-    return "\n".join([*lines, "", f"Made with {'; '.join(words)}."] if made else lines)
+    if words:
+        lines += ["", f"Made with {'; '.join(words)}."]
+    return "\n".join(lines)
 
 
 def _instead(row: Row, report: dict[str, Any]) -> str:
