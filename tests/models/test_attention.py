@@ -100,10 +100,44 @@ def test_the_tpu_kernel_runs_on_any_mesh(sizes, heads, kv_heads):
     shapes = ((8, 128, heads, 128), *[(8, 256, kv_heads, 128)] * 2)
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     mask = np.arange(256) < rng.integers(1, 257, (8, 1))
-    wanted = attend(q, k, v, mask, scale=0.1, kernel="xla")
+    weight = rng.standard_normal(q.shape).astype(np.float32)
+
+    def run(kernel):
+        def f(q, k, v):
+            out = attend(q, k, v, mask, scale=0.1, kernel=kernel)
+            return jnp.sum(out * weight), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    wanted = run("xla")
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        got = jax.jit(lambda *x: attend(*x, scale=0.1, kernel="splash"))(q, k, v, mask)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+        got = run("splash")
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("masks", KERNEL_MASKS)
+def test_the_tpu_kernel_in_bfloat16(masks):
+    """Beside float32 of the same numbers: within two steps of bfloat16 of the largest, 2^-7."""
+    rng = np.random.default_rng(4)
+    mask, causal = KERNEL_MASKS[masks](rng, 256, 256)
+    shapes = ((2, 256, 4, 128), *[(2, 256, 1, 128)] * 2)
+    whole = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes]
+    weight = rng.standard_normal(shapes[0]).astype(np.float32)
+
+    def run(kernel, dtype):
+        def f(q, k, v):
+            out = attend(q, k, v, mask, scale=0.1, causal=causal, kernel=kernel)
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        given = [x.astype(dtype) for x in whole]
+        (_, out), grads = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*given)
+        return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+    exact = run("xla", jnp.float32)
+    for one, other in zip(run("splash", jnp.bfloat16), exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-7 * np.abs(other).max())
 
 
 def test_kernels_suit_shapes_and_devices():
