@@ -12,6 +12,7 @@ python launch/benchmark.py train --config=configs/scenes.py [--rounds=5] [--out=
 """
 
 import json
+import os
 from pathlib import Path
 import sys
 
@@ -21,7 +22,8 @@ from absl import flags
 import jax
 from ml_collections.config_flags import config_flags
 
-from t2i_jax import cli
+from t2i_jax import cli, compilation_cache
+from t2i_jax import config as configs
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 OUT = flags.DEFINE_string("out", None, "A JSON file to write the figures to.")
@@ -32,6 +34,9 @@ STEPS = flags.DEFINE_integer("steps", None, "sample: Euler steps.", 1)
 RECOMPUTE = flags.DEFINE_bool("recompute", False, "sample: also without the text memory.")
 SIZES = flags.DEFINE_list("sizes", ["small", "medium", "large"], "step: which.")
 COUNT = flags.DEFINE_integer("count", 24, "data: images of each size.", 1)
+REQUIRE = flags.DEFINE_float("require", None, "step: fail where the ratio is above this.", 0)
+COLD = flags.DEFINE_float("require_cold", None, "startup: seconds that a cold start may take.", 0)
+WARM = flags.DEFINE_float("require_warm", None, "startup: likewise a warm one.", 0)
 DECODERS = flags.DEFINE_bool("decoders", False, "data: other decoders, too, if installed.")
 cli.define_process_flags()
 COMMANDS = {"train": 5, "sample": 5, "vae": 5, "step": 15, "startup": 2, "data": 5}  # and rounds
@@ -58,6 +63,8 @@ def measure(command, rounds):
 
 
 def main(argv):
+    from t2i_jax.speed import startup, step
+
     command, *words = argv[1:] or [""]
     cli.check_command(command, words, {name: [] for name in COMMANDS})
     if command not in ("step", "data"):
@@ -67,13 +74,20 @@ def main(argv):
     if command in ("startup", "data"):
         cli.refuse("coordinator", "num_processes", "process_id", where=command)
     out = cli.output(OUT.value, ".json") if OUT.value else None
+    if command == "train":  # what it says of compiling is not to be said of loading
+        os.environ.setdefault(compilation_cache.VARIABLE, "")
     if command not in ("startup", "data"):
-        cli.start_processes({"command": command, "rounds": ROUNDS.value})
+        same = {} if CONFIG.value is None else configs.flat(CONFIG.value)
+        cli.start_processes({"command": command, "rounds": ROUNDS.value, **same})
     text, found = measure(command, ROUNDS.value or COMMANDS[command])
     if jax.process_index() == 0:
         print(text)
         if out is not None:
             out.write_text(json.dumps(found, indent=2))
+    if command == "step" and REQUIRE.value is not None:
+        step.require(found, REQUIRE.value)
+    if command == "startup":
+        startup.require(found, COLD.value, WARM.value)
 
 
 if __name__ == "__main__":

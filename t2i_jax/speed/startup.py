@@ -117,3 +117,13 @@ def describe(found: dict[str, Any]) -> str:
         )
     same = "are the same, bit by bit" if found["same"] else "DIFFER"
     return "\n".join([*lines, f"  the metrics of all first steps {same}"])
+
+
+def require(found: dict[str, Any], cold: float | None, warm: float | None) -> None:
+    """Raises UserError where the median start takes longer, or first steps are not the same."""
+    for way, most in (("cold", cold), ("warm", warm)):
+        took = found[way]["seconds"]["median"]
+        if most is not None and took > most:
+            raise UserError(f"A {way} start took {took:.1f} s, more than --require_{way}={most}.")
+    if not found["same"]:
+        raise UserError("The first steps of the starts differ.")

@@ -25,6 +25,7 @@ SIZES = {
 }
 _TOLERANCE = 1e-4  # of the loss after the compared steps, relative
 _COMPARED = 3  # steps
+_SECONDS = 20.0  # that a size is measured at least: the shorter its step, the more rounds
 
 
 def config_of(size: str) -> ConfigDict:
@@ -78,9 +79,10 @@ class Pair:
 
 
 def measure(rounds: int = 15, sizes: tuple[str, ...] = tuple(SIZES)) -> dict[str, Any]:
-    """By size: seconds of both and 'ratio', the framework's over those by hand.
+    """By size: seconds of both and 'ratio', the framework's over those by hand, with its interval.
 
-    Raises ConfigError for an unknown size, UserError where the two do not compute the same.
+    Of short steps there are more than `rounds`, to last `_SECONDS`. Raises ConfigError for an
+    unknown size, UserError where the two do not compute the same.
     """
     if unknown := set(sizes) - SIZES.keys():
         raise ConfigError(f"--sizes={','.join(unknown)}: known are {', '.join(SIZES)}.")
@@ -93,11 +95,16 @@ def measure(rounds: int = 15, sizes: tuple[str, ...] = tuple(SIZES)) -> dict[str
         if not abs(ours - theirs) <= _TOLERANCE * abs(theirs):
             raise UserError(f"{size}: the loss is {ours}, by hand {theirs}.")
         ways = {way: functools.partial(pair.run, way) for way in pair.compiled}
-        times = timing.in_turns(ways, rounds)
+        tried = timing.in_turns(ways, 3)
+        once = sum(took.median for took in tried.values())
+        times = timing.in_turns(ways, timing.rounds_for(_SECONDS, once, rounds), warmup=0)
         work = sum(flops.train_step(config).values())
         found[size] = {
             "parameters": build.count(pair.states["framework"].params),
             "ratio": round(timing.ratio(times["framework"], times["by hand"]), 4),
+            "ratio_interval": [
+                round(x, 4) for x in timing.ratio_interval(times["framework"], times["by hand"])
+            ],
             **{way: rates.of(took, SIZES[size][0], work, 1) for way, took in times.items()},
         }
     return found
@@ -111,7 +118,16 @@ def describe(found: dict[str, Any]) -> str:
         batch, side, width, layers = SIZES[size]
         lines.append(
             f"  {size}: {layers} layers of {width}, {entry['parameters']:,} parameters, batch "
-            f"{batch} of {side} x {side}: ratio {entry['ratio']:.3f}"
+            f"{batch} of {side} x {side}: ratio {entry['ratio']:.3f} (95%: "
+            f"{entry['ratio_interval'][0]:.3f} to {entry['ratio_interval'][1]:.3f})"
         )
         lines += [f"    {rates.line(way, entry[way])}" for way in ("framework", "by hand")]
     return "\n".join(lines)
+
+
+def require(found: dict[str, Any], most: float) -> None:
+    """Raises UserError where the framework takes more than `most` times the time of any size."""
+    slow = {size: found[size]["ratio"] for size in SIZES if size in found}
+    slow = {size: ratio for size, ratio in slow.items() if ratio > most}
+    if slow:
+        raise UserError(f"The framework's step is slower than --require={most} allows: {slow}.")

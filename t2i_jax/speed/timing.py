@@ -6,6 +6,7 @@ medians of one run.
 """
 
 from collections.abc import Callable, Mapping
+import math
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -49,6 +50,23 @@ def in_turns(
             jax.block_until_ready(run())
             seconds[way].append(clock() - start)
     return {way: Times(tuple(took[warmup:])) for way, took in seconds.items()}
+
+
+def rounds_for(seconds: float, once: float, least: int) -> int:
+    """How many rounds of `once` seconds to measure: at least `least`, and about `seconds` long."""
+    return max(least, math.ceil(seconds / once))
+
+
+def ratio_interval(first: Times, second: Times) -> tuple[float, float]:
+    """The 95% interval of `ratio`: of a median, by ranks, whatever the times are distributed as.
+
+    Of n rounds the values of ranks n / 2 -+ 0.98 sqrt(n), within the least and the most.
+    """
+    pairs = zip(first.rounds, second.rounds, strict=True)
+    values = sorted(a / b for a, b in pairs)
+    n, reach = len(values), 0.98 * math.sqrt(len(values))
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    return values[max(low, 0)], values[min(high, n - 1)]
 
 
 def ratio(first: Times, second: Times) -> float:

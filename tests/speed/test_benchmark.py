@@ -136,3 +136,37 @@ def test_starts_of_processes():
 def test_a_start_that_fails_says_what_it_said():
     with pytest.raises(UserError, match="before its first step:\nno weights"):
         startup.measure([sys.executable, "-c", "import sys; sys.exit('no weights')"], 1)
+
+
+def test_bounds_can_be_required():
+    found = {"what": "step", "small": {"ratio": 0.93}, "large": {"ratio": 1.1}}
+    step.require(found, 1.2)
+    with pytest.raises(UserError, match=r"slower than --require=1.05 allows: \{'large': 1.1\}"):
+        step.require(found, 1.05)
+    starts = {way: {"seconds": {"median": took}} for way, took in (("cold", 30.0), ("warm", 9.0))}
+    startup.require(starts | {"same": True}, 60.0, None)
+    with pytest.raises(UserError, match=r"A warm start took 9\.0 s, more than --require_warm=8"):
+        startup.require(starts | {"same": True}, 60.0, 8.0)
+    with pytest.raises(UserError, match="first steps of the starts differ"):
+        startup.require(starts | {"same": False}, None, None)
+
+
+def test_a_step_by_hand_beside_ours_as_it_is_measured(monkeypatch):
+    """At the smallest size, for a moment."""
+    monkeypatch.setitem(step.SIZES, "small", (2, 8, 64, 1))
+    monkeypatch.setattr(step, "_SECONDS", 0.0)
+    monkeypatch.setattr(step, "config_of", smallest(step.config_of))
+    found = step.measure(4, ("small",))
+    low, high = found["small"]["ratio_interval"]
+    assert low <= found["small"]["ratio"] <= high
+    assert found["small"]["framework"]["seconds"]["rounds"] == 4
+    assert "(95%: " in step.describe(found)
+
+
+def smallest(config_of):
+    def changed(size):
+        config = config_of(size).unlock()
+        config.llm.update(num_heads=2, num_kv_heads=1)
+        return config.lock()
+
+    return changed

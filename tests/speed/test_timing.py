@@ -84,3 +84,17 @@ def test_moments_are_finite():
     like = jax.ShapeDtypeStruct((4096,), jnp.uint16, sharding=place)
     values = jax.lax.bitcast_convert_type(synthetic.like(like), jnp.bfloat16)
     assert float(values.min()) >= 0 and float(values.max()) < 2
+
+
+def test_the_interval_of_a_ratio_is_of_its_median_by_ranks():
+    ones = timing.Times((1.0,) * 25)
+    values = tuple(float(x) for x in np.random.default_rng(0).permutation(25))
+    low, high = timing.ratio_interval(timing.Times(values), ones)
+    # 25 / 2 -+ 4.9: ranks 7 and 18, counted from 0; the binomial has 7 and 17 at 95%.
+    assert (low, high) == (7.0, 18.0) and low < timing.ratio(timing.Times(values), ones) < high
+    assert timing.ratio_interval(timing.Times((2.0, 3.0)), timing.Times((1.0, 1.0))) == (2.0, 3.0)
+
+
+def test_short_things_are_measured_more_often():
+    assert timing.rounds_for(20.0, 0.2, 15) == 100
+    assert timing.rounds_for(20.0, 9.0, 15) == 15
