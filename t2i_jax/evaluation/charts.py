@@ -49,21 +49,25 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def bars(
-    rows: Sequence[tuple[str, Sequence[Estimate | None]]], whole: float | None
+    rows: Sequence[tuple[str, Sequence[Estimate | None], bool]], whole: float | None
 ) -> dict[str, Any]:
-    """A row for each name, a bar for each checkpoint, from 0 to `whole` or as far as they reach."""
-    shown = [estimate for _, estimates in rows for estimate in estimates if estimate]
+    """A row for each name, a bar for each checkpoint, from 0 to `whole` or as far as they reach.
+
+    Rows are (name, estimates, whether the bars are hollow).
+    """
+    shown = [estimate for _, estimates, _ in rows for estimate in estimates if estimate]
     ends = [end for estimate in shown for end in (*estimate.ends, estimate.value)]
-    marks = ticks(min(0.0, *ends), max(whole or 0.0, *ends), most=4)
+    marks = ticks(min(0.0, *ends), max(whole or 0.0, *ends), most=5)
     scale = (WIDTH - _NAMES - _VALUES) / (marks[-1] - marks[0])
 
     def x(value):
         return round(_NAMES + (value - marks[0]) * scale, 1)
 
     drawn, y = [], 4
-    for name, estimates in rows:
+    for name, estimates, hollow in rows:
         height = _ONE if len(estimates) == 1 else _SEVERAL
         row = {"name": name, "x": _NAMES - 8, "y": y + (len(estimates) * height - 2) / 2}
+        row["kind"] = "hollow" if hollow else "fill"
         if len(name) > _LETTERS:
             row["name"] = name[: _LETTERS - 1] + "…"
         row["bars"] = [
@@ -91,10 +95,13 @@ def curve(
 ) -> dict[str, Any]:
     """Lines of (step, estimate) with their intervals as bands, from the first to the last mark."""
     steps = [step for line in lines for step, _ in line]
-    across = ticks(min(steps), max(steps), most=max(2, min(4, max(steps) - min(steps))))
+    first, last = min(steps), max(steps)
+    last = max(last, first + 1)
+    across = ticks(first, last, most=min(4, last - first))
+    across = [step for step in across if first <= step <= last]
 
     def x(step):
-        share = (step - across[0]) / (across[-1] - across[0])
+        share = (step - first) / (last - first)
         return round(_LEFT + share * (_RIGHT - _LEFT), 1)
 
     def y(value):

@@ -141,7 +141,7 @@ def _heroes(reports: Sequence[Report], labels: Sequence[str]) -> list[dict[str, 
         return []
     last, top = list(scored)[-1], tables.best(reports[0]["better"], scored.values())
     shown = {last: f"{last}, the last" if len(reports) > 1 else ""}
-    if top.value != scored[last].value:
+    if charts.number(top.value) != charts.number(scored[last].value):
         first = next(label for label, measured in scored.items() if measured == top)
         shown[first] = f"{first}, the best of {len(scored)}"
     return [
@@ -166,15 +166,16 @@ def _settings(reports: Sequence[Report], labels: Sequence[str]) -> list[dict[str
     told_apart = ("height", "width", "checkpoint_step")
     names = dict.fromkeys(name for report in reports for name in report["sampling"])
     entries: dict[str, Callable[[Report], Any]] = {
-        "images": lambda report: f"{report['num_images']:,}",
+        "images": lambda report: _thousands(report["num_images"]),
         "seed": lambda report: report["seed"],
         "size": size,
         **{n.replace("_", " "): sampling(n) for n in names if n not in told_apart},
         "weights": lambda report: _WEIGHTS.get(report["weights"], report["weights"]),
+        "training steps": lambda report: _thousands(report.get("checkpoint_step")),
         "checkpoint": lambda report: report["checkpoint"],
     }
-    if len(reports) == 1:
-        entries["step"] = lambda report: report.get("checkpoint_step")
+    if len(reports) > 1:  # their labels tell
+        del entries["training steps"]
     told = {name: _told(reports, labels, get) for name, get in entries.items()}
     return [{"name": name, "told": parts} for name, parts in told.items() if parts]
 
@@ -188,6 +189,10 @@ def _told(
         whose.setdefault(_text(get(report)), []).append(label)
     alike = len(whose) == 1
     return [{"text": t, "whose": "" if alike else "; ".join(of)} for t, of in whose.items() if t]
+
+
+def _thousands(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _text(value: Any) -> str:
@@ -218,13 +223,15 @@ def _sheets(
             entry = (reports[i].get("categories") or {}).get(name, {})
             every = reports[i]["num_images"] if name == "all" else entry.get("n", 0)
             counts.append(max(len(part), every))
+            if few > 1:  # abreast: one image of each prompt
+                part = _one_of_each(part)
             shown += part[:limit]
             for sample in part[:limit]:
                 tile = _tile(sample, labels[i] if few > 1 else "", _LARGE if few == 1 else _REDUCED)
                 prompts.setdefault(sample.caption, []).append(tile)
         sheets.append(
             {
-                "name": "" if name == "all" else name,
+                "name": "" if name == "all" else name.replace("_", " "),
                 "told": _how_many(shown, counts, few, len(reports)),
                 "prompts": [
                     {
@@ -239,13 +246,21 @@ def _sheets(
     return sheets
 
 
+def _one_of_each(samples: Sequence[Sample]) -> list[Sample]:
+    """The first sample of each prompt."""
+    firsts: dict[str, Sample] = {}
+    for sample in samples:
+        firsts.setdefault(sample.caption, sample)
+    return list(firsts.values())
+
+
 def _how_many(shown: Sequence[Sample], counts: Sequence[int], few: int, reports: int) -> str:
     """Of how many images those shown are, and how many of them passed."""
     verdicts = [sample.passed for sample in shown if sample.passed is not None]
     every = f"{sum(counts):,}"
     told = f"All {every} images" if len(shown) == sum(counts) else f"{len(shown)} of {every} images"
     if len(shown) < sum(counts):
-        told += ", the first of each checkpoint" if few > 1 else ", the first drawn"
+        told += ", one of each of the first prompts" if few > 1 else ", the first drawn"
     if few < reports:
         told += f", of {few} of {reports} checkpoints"
     return told + (f"; {sum(verdicts)} of these passed." if verdicts else ".")

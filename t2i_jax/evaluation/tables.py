@@ -14,7 +14,6 @@ Report = Mapping[str, Any]
 
 _WHOLE = {"accuracy": 1.0, "DPG score": 100.0}  # the most that a score can be
 _ABREAST = 4  # more checkpoints than this are rows of the table, not columns
-_NOTES = {"control": "control", "metric": "further metric"}
 
 
 class Row(NamedTuple):
@@ -57,7 +56,8 @@ def rows(reports: Sequence[Report]) -> Iterator[Row]:
             entries = [part.get(name, {}) for part in held]
             if kind == "control":  # a bare number
                 entries = [{"": part[name]} if name in part else {} for part in held]
-            yield Row(kind, name, [estimate(entry, value) for entry in entries], entries)
+            estimates = [estimate(entry, value) for entry in entries]
+            yield Row(kind, name.replace("_", " "), estimates, entries)
 
 
 def table(reports: Sequence[Report], labels: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -66,13 +66,13 @@ def table(reports: Sequence[Report], labels: Sequence[str]) -> list[list[dict[st
     heads = [reports[0]["metric"], "95% interval"] if single else labels
     lines = [[_cell(text, "head") for text in ("", *heads, "images")]]
     for row in rows(reports):
-        better = reports[0]["better"] if row.kind in ("overall", "category") else None
-        ranked = better is not None and sum(e is not None for e in row.estimates) > 1
-        top = best(better, row.estimates).value if ranked else None
-        line = [_cell(row.name, f"{row.kind} head", _NOTES.get(row.kind, ""))]
+        top = ""
+        if row.kind in ("overall", "category") and len({e.value for e in row.estimates if e}) > 1:
+            top = charts.number(best(reports[0]["better"], row.estimates).value)
+        line = [_cell(row.name, f"{row.kind} head", row.kind if row.kind == "control" else "")]
         for e in row.estimates:
             text, small = charts.number(e.value) if e else "–", "" if single else between(e)
-            line.append(_cell(text, row.kind, small, e is not None and e.value == top))
+            line.append(_cell(text, row.kind, small, text == top))
         if single:
             line.append(_cell(between(row.estimates[0]), row.kind))
         line.append(_cell(_count(row.entries), row.kind))
@@ -102,8 +102,9 @@ def bars(reports: Sequence[Report], labels: Sequence[str]) -> dict[str, Any] | N
     shown = [row for row in rows(reports) if row.kind != "metric" and any(row.estimates)]
     if len(shown) < 2:
         return None
-    drawn = charts.bars([row[1:3] for row in shown], _WHOLE.get(reports[0]["metric"]))
-    return {**drawn, "labels": labels}
+    bars = [(row.name, row.estimates, row.kind == "control") for row in shown]
+    drawn = charts.bars(bars, _WHOLE.get(reports[0]["metric"]))
+    return {**drawn, "labels": labels, "controls": any(row.kind == "control" for row in shown)}
 
 
 def curves(reports: Sequence[Report]) -> list[dict[str, Any]]:
@@ -126,10 +127,10 @@ def curves(reports: Sequence[Report]) -> list[dict[str, Any]]:
             panels.append((row, lines, ends))
     reach = [end for row, _, ends in panels if row.kind != "metric" for end in ends]
     whole = _WHOLE.get(reports[0]["metric"], 0.0)
-    common = charts.ticks(min([0.0, *reach]), max([whole, *reach]), most=4)
+    common = charts.ticks(min([0.0, *reach]), max([whole, *reach]), most=5)
     drawn = []
     for row, lines, ends in panels:
-        marks = charts.ticks(min(ends), max(ends), most=4) if row.kind == "metric" else common
+        marks = charts.ticks(min(ends), max(ends), most=5) if row.kind == "metric" else common
         name = reports[0]["metric"] if row.kind == "overall" else row.name
         curve = charts.curve(list(lines.values()), marks)
         drawn.append({**curve, "name": name, "kind": row.kind, "weights": list(lines)})
