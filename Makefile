@@ -24,16 +24,17 @@ demo: setup  # e.g. make demo WORKDIR=runs/short ARGS=--config.train.steps=200
 	$(CPU) .venv/bin/python launch/train.py --config=configs/scenes.py --workdir=$(WORKDIR) $(ARGS)
 	$(CPU) .venv/bin/python launch/sample.py --checkpoint=$(WORKDIR) --num_images=3 --out=$(WORKDIR)/samples.png
 	$(CPU) .venv/bin/python launch/evaluate.py --benchmark=scenes --checkpoint=$(WORKDIR) --out=$(WORKDIR)/report.json $(SCORE_ARGS)
-	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl and report.json"
+	@echo "The outputs: $(WORKDIR)/samples.png, loss.png, metrics.jsonl, report.json and report.html"
 
 test: setup
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=60
 
-parity: .venv/parity  # against transformers and diffusers in torch, which nothing else needs
+parity: .venv/parity  # against published implementations in torch, which nothing else needs
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 tests/parity
 
 .venv/parity: .venv/installed requirements-parity.txt
 	.venv/bin/python -m pip install --quiet --no-compile -r requirements-parity.txt -c requirements.txt
+	.venv/bin/python -m pip install --quiet --no-compile --no-deps torch-fidelity==0.4.0
 	touch $@
 
 tpu: .venv/tpu  # what the TPU's compiler makes of the flagship; no TPU is needed

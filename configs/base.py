@@ -206,8 +206,18 @@ def get_config() -> ConfigDict:
     config.validation.timesteps = (0.1, 0.3, 0.5, 0.7, 0.9)  # fixed t at which the loss is taken
 
     config.sampling = ConfigDict()
-    config.sampling.steps = 25  # Euler steps
+    config.sampling.steps = 25
+    # 'euler' | 'heun' | 'midpoint' | 'dpmpp_2m' | 'unipc' | 'ancestral' (diffusion/solvers.py)
+    config.sampling.solver = "euler"
     config.sampling.guidance = 6.0  # classifier-free guidance scale; 1 = conditional only
+    # 'plain' | 'rescaled' | 'apg' | 'cfg-zero' (diffusion/guidance.py)
+    config.sampling.guidance_method = "plain"
+    config.sampling.guidance_interval = (0.0, 1.0)  # steps from low < t <= high are guided
+    config.sampling.guidance_rescale = 0.7  # of 'rescaled': share of the rescaled velocity
+    config.sampling.apg_parallel = 0.0  # of 'apg': what is left along the prediction
+    config.sampling.apg_norm = 0.0  # of 'apg': largest norm of an image's change; 0 = any
+    config.sampling.apg_momentum = -0.5  # of 'apg': share of earlier changes in the next one
+    config.sampling.zero_steps = 1  # of 'cfg-zero': first steps in which nothing moves
     config.sampling.batch_size = 32  # images drawn at once, all devices together
     config.sampling.every = 5000  # steps between pictures drawn in training; 0 = never
     config.sampling.prompts = (  # what those pictures show
@@ -216,6 +226,14 @@ def get_config() -> ConfigDict:
         "an oil painting of a lighthouse in a storm",
         "two blue cups to the left of a yellow vase",
     )
+
+    # Scores of the averaged weights in metrics.jsonl: of a built-in world its own, of other data
+    # FID to held-out pictures and the CLIP score (t2i_jax/training/exam.py).
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 0  # steps; 0 = never
+    config.evaluation.num_images = 300  # drawn each time; of other data at most those held out
+    config.evaluation.inception = ""  # weights of FID's network, a .safetensors; '' = no FID
+    config.evaluation.clip = ""  # directory of a CLIP of transformers; '' = no CLIP score
 
     # devices = data x fsdp x tensor. One of them may be -1: the rest; data and fsdp both: 8 to 64
     # shards, along whole axes of a slice's torus but not all of them, and replicas of these.

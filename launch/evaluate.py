@@ -1,6 +1,8 @@
-"""Scores a checkpoint: python launch/evaluate.py --benchmark=scenes --checkpoint=runs/scenes.
+"""Scores checkpoints: python launch/evaluate.py --benchmark=scenes --checkpoint=runs/scenes.
 
-Draws the benchmark's held-out prompts, checks every image, prints a table and writes it as JSON.
+Draws a benchmark's prompts, going on where a killed run ended, and scores the images, or lays them
+out for the official scorer and reads what that found (docs/evaluation.md has a command for each
+benchmark). Writes --out as JSON, and beside it a report as HTML, of all --checkpoint together.
 """
 
 from pathlib import Path
@@ -13,15 +15,27 @@ from absl import flags
 from t2i_jax import cli
 
 BENCHMARK = flags.DEFINE_string("benchmark", None, "Default: that of the data it was trained on.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A working directory, or a checkpoint in it.")
-OUT = flags.DEFINE_string("out", "report.json", "The report, as JSON.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 300, "Images to score.", lower_bound=6)
+CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "A run, checkpoint, import or export.")
+OUT = flags.DEFINE_string("out", "report.json", "The report, as JSON; beside it one as HTML.")
+IMAGES = flags.DEFINE_string("images", None, "A folder for the images; default: beside --out.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many; default: all, or 300.", 1)
 SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
+flags.DEFINE_string("prompts", "", "Your copy of the benchmark's prompts.")
+flags.DEFINE_string("reference", "", "FID: a folder of real images, or statistics (.npz).")
+flags.DEFINE_string("inception", "", "FID: Inception's weights, .safetensors.")
+flags.DEFINE_string("clip", "", "CLIP score: a directory of transformers.")
+flags.DEFINE_string("scorer", "", "geneval, dpg: a checkout of the official scorer, to be run.")
+flags.DEFINE_string("scorer_python", "python", "The Python that the scorer is installed for.")
+flags.DEFINE_string("scorer_args", "", "Further words for the scorer.")
+flags.DEFINE_string("results", "", "geneval, dpg: what the scorer wrote, if it was run elsewhere.")
+FILES = ("prompts", "reference", "inception", "clip")
+FILES += ("scorer", "scorer_python", "scorer_args", "results")
 REQUIRE = flags.DEFINE_float(
     "require", None, "Exit with status 1 if the score is below this, or not above its controls."
 )
 flags.mark_flag_as_required("checkpoint")
+cli.define_sampling_flags()
 cli.define_process_flags()
 
 
@@ -30,26 +44,29 @@ def main(_):
 
     from t2i_jax import distributed
     from t2i_jax.evaluation import benchmarks
-    from t2i_jax.pipeline import Pipeline
 
-    out = cli.output(OUT.value, ".json")
-    how = [BENCHMARK, CHECKPOINT, NUM_IMAGES, SEED, WEIGHTS]
-    cli.start_processes({flag.name: flag.value for flag in how})
-    pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
-    name = BENCHMARK.value or pipeline.config.data.source
-    report = benchmarks.run(name, pipeline, NUM_IMAGES.value, SEED.value)
-    report = {"checkpoint": CHECKPOINT.value, "weights": WEIGHTS.value, **report}
+    out, chosen = cli.output(OUT.value, ".json"), cli.sampling_options()
+    how = [BENCHMARK, CHECKPOINT, IMAGES, NUM_IMAGES, SEED, WEIGHTS]
+    given = {name: flags.FLAGS[name].value for name in FILES}
+    cli.start_processes(chosen | given | {flag.name: flag.value for flag in how})
+    reports, samples = [], []
+    places = {"images": IMAGES.value, "out": out}
+    for setting in benchmarks.open_checkpoints(
+        CHECKPOINT.value, chosen, seed=SEED.value, weights=WEIGHTS.value, **places
+    ):
+        setting = setting._replace(num_images=NUM_IMAGES.value, **given)
+        name = BENCHMARK.value or setting.way.pipeline.config.data.source
+        report, shown = benchmarks.run(name, setting)
+        reports.append(report)
+        samples.append(shown)
     with distributed.together():
         if jax.process_index() == 0:
-            print(benchmarks.table(report))
-            benchmarks.write(out, report)
-            print(f"The report is in {OUT.value}")
+            print("\n".join(map(benchmarks.table, reports)))
+            benchmarks.write(out, reports, samples)
+            print(f"The report is in {out} and {out.with_suffix('.html')}")
     if REQUIRE.value is not None:
-        if report["score"] < REQUIRE.value:
-            sys.exit(f"score {report['score']:.3f} is below the required {REQUIRE.value}")
-        for control, value in report.get("controls", {}).items():
-            if report["interval"][0] <= value:
-                sys.exit(f"score {report['score']:.3f} is not above {control} prompts: {value:.3f}")
+        for report in reports:
+            benchmarks.require(report, REQUIRE.value)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Draws images: python launch/sample.py --checkpoint=runs/scenes --prompt="a red ring".
 
-Without --prompt or --prompts_file it draws the config's own prompts. Writes one captioned grid.
+Prompts come from --prompt, from --prompts_file (one a line; '-' reads standard input), or else are
+the config's own. Writes one captioned grid and, with --files=DIR, single images. All of them hold
+the prompt, seed, config and step that made them; DIR/images.jsonl has the same.
 """
 
 from pathlib import Path
@@ -12,15 +14,19 @@ from absl import flags
 
 from t2i_jax import cli
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A working directory, or a checkpoint in it.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, a checkpoint, an import or export.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line; '-'.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
 OUT = flags.DEFINE_string("out", "samples.png", "The grid, a PNG.")
+FILES = flags.DEFINE_string("files", None, "A folder for single images and images.jsonl.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images a prompt.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the config's.")
-SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.")
+SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.", 0, 2**63 - 1)
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
+IMAGE = flags.DEFINE_string("image", None, "A picture to start from, instead of noise alone.")
+STRENGTH = flags.DEFINE_float("strength", 0.8, "With --image: the share of steps taken.", 0, 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once.", lower_bound=1)
+cli.define_sampling_flags()
 flags.mark_flag_as_required("checkpoint")
 cli.define_process_flags()
 
@@ -29,40 +35,43 @@ def main(_):
     from etils import epath
     import jax
 
-    from t2i_jax import distributed
-    from t2i_jax.errors import MissingError
-    from t2i_jax.evaluation import pictures
+    from t2i_jax import distributed, options
+    from t2i_jax.evaluation import gallery, pictures
     from t2i_jax.pipeline import Pipeline
     from t2i_jax.progress import Progress
 
     out, prompts = cli.output(OUT.value, ".png"), list(PROMPT.value)
     if PROMPTS_FILE.value:
-        file = epath.Path(PROMPTS_FILE.value)
-        if not file.is_file():
-            raise MissingError(f"--prompts_file={PROMPTS_FILE.value}: no such file.")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise MissingError(f"--prompts_file={PROMPTS_FILE.value} holds no prompt.")
-    how = [CHECKPOINT, NUM_IMAGES, STEPS, GUIDANCE, SEED, WEIGHTS]
-    cli.start_processes({"prompts": prompts} | {flag.name: flag.value for flag in how})
+        prompts += gallery.read_prompts(PROMPTS_FILE.value)
+    chosen, how = cli.sampling_options(), [CHECKPOINT, NUM_IMAGES, SEED, WEIGHTS, NEGATIVE_PROMPT]
+    how += [IMAGE, STRENGTH, BATCH_SIZE]
+    cli.start_processes({"prompts": prompts} | chosen | {flag.name: flag.value for flag in how})
+    start = {} if IMAGE.value is None else {"image": pictures.read(IMAGE.value)}
+    strength = {"strength": STRENGTH.value} if start else {}
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
+    resolved = options.resolve(pipeline.config, **chosen, **strength)
     prompts = prompts or list(pipeline.config.sampling.prompts)
-    columns = min(8, len(prompts))  # a prompt a column, where they fit
+    columns = min(8, len(prompts) if len(prompts) > 1 else NUM_IMAGES.value)  # one a prompt
     prompts *= NUM_IMAGES.value
     with Progress(len(prompts), name="drawing", shown=jax.process_index() == 0) as bar:
         images = pipeline.draw(
             prompts,
-            steps=STEPS.value,
-            guidance=GUIDANCE.value,
+            negative_prompt=NEGATIVE_PROMPT.value,
             seed=SEED.value,
+            batch_size=BATCH_SIZE.value,
             progress=bar.update,
+            **chosen,
+            **start,
+            **strength,
         )
+    flags_told = (CHECKPOINT, WEIGHTS, SEED, NEGATIVE_PROMPT, IMAGE)
+    told = {flag.name: flag.value for flag in flags_told} | gallery.how_drawn(pipeline, resolved)
     with distributed.together():
         if jax.process_index() == 0:
-            with out.open("wb") as file:
-                pictures.grid(images, prompts, columns=columns).save(file, "PNG")
-            print(f"{len(images)} images in {OUT.value}")
+            gallery.save_grid(out, images, prompts, columns, told, pipeline)
+            if FILES.value:
+                gallery.save_files(epath.Path(FILES.value), images, prompts, told, pipeline)
+            print(f"{len(images)} images in {' and '.join(filter(None, (OUT.value, FILES.value)))}")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,33 @@ def define_process_flags() -> None:
     flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.", 1.0)
 
 
+def define_sampling_flags() -> None:
+    """Defines what `sampling_options` reads: how images are drawn, where not as the config says."""
+    flags.DEFINE_integer("height", None, "Pixels; default: of the training images.", 1)
+    flags.DEFINE_integer("width", None, "Likewise.", 1)
+    flags.DEFINE_integer("steps", None, "Sampling steps; default: the config's.", 1)
+    flags.DEFINE_string("solver", None, "euler, heun, midpoint, dpmpp_2m, unipc or ancestral.")
+    flags.DEFINE_float("guidance_scale", None, "1: without; default: the config's.", 0)
+    flags.DEFINE_string("guidance_method", None, "plain, rescaled, apg or cfg-zero.")
+    flags.DEFINE_list("guidance_interval", None, "Noise levels that are guided, as 0.2,0.8.")
+    flags.DEFINE_float("shift", None, "Of noise levels; default: by the size of the image.")
+
+
+def sampling_options() -> dict[str, Any]:
+    """Arguments of `options.resolve`, of the flags that were given. Raises ConfigError."""
+    values = flags.FLAGS
+    names = ("height", "width", "steps", "solver", "guidance_scale", "shift")
+    found = {name: values[name].value for name in names if values[name].value is not None}
+    if values.guidance_method is not None:
+        found["guidance"] = values.guidance_method
+    if values.guidance_interval is not None:
+        try:
+            found["guidance_interval"] = [float(level) for level in values.guidance_interval]
+        except ValueError as error:
+            raise ConfigError(f"--guidance_interval: two numbers, as 0.2,0.8 ({error}).") from error
+    return found
+
+
 def start_processes(same: Mapping[str, Any]) -> None:
     """Before anything touches a device: meets the other processes, if there are (distributed.py).
 

@@ -21,6 +21,22 @@ from ml_collections import ConfigDict
 from t2i_jax.errors import ConfigError
 from t2i_jax.rules import contradictions, did_you_mean, flat
 
+# Keys that configs in older checkpoints and exports lack, with the values that they had unsaid.
+_LATER: dict[str, Any] = {
+    "sampling.solver": "euler",
+    "sampling.guidance_method": "plain",
+    "sampling.guidance_interval": (0.0, 1.0),
+    "sampling.guidance_rescale": 0.7,
+    "sampling.apg_parallel": 0.0,
+    "sampling.apg_norm": 0.0,
+    "sampling.apg_momentum": -0.5,
+    "sampling.zero_steps": 1,
+    "evaluation.every": 0,
+    "evaluation.num_images": 300,
+    "evaluation.inception": "",
+    "evaluation.clip": "",
+}
+
 # --- reading ---
 
 
@@ -105,6 +121,10 @@ def from_json(text: str) -> ConfigDict:
         values = tuples(json.loads(text))
         if not isinstance(values, dict):
             raise ValueError(f"an object is expected, got {type(values).__name__}")
+        for key, value in _LATER.items():
+            section, name = key.split(".")
+            if "sampling" in values:  # a whole config
+                values.setdefault(section, {}).setdefault(name, value)
         return ConfigDict(values).lock()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"This is not a config's JSON: {error}") from error

@@ -153,11 +153,16 @@ def train_step(
     return {part: batch * count for part, count in out.items()}
 
 
-def sample(config: ConfigDict, images: int, steps: int, *, guided: bool = True) -> dict[str, float]:
-    """FLOPs of drawing `images`: prompts once, the DiT at every step, twice if guided."""
-    one = forward(config)
+def sample(
+    config: ConfigDict, images: int, evaluations: int, guided: int | None = None
+) -> dict[str, float]:
+    """FLOPs of drawing `images`: prompts once, the DiT at every evaluation, twice if guided.
+
+    `guided` evaluations are; None: all of them.
+    """
+    one, guided = forward(config), evaluations if guided is None else guided
     return {
-        "dit": images * steps * (1 + guided) * one["dit"],
-        "llm": (images + guided) * one["llm"],
+        "dit": images * (evaluations + guided) * one["dit"],
+        "llm": (images + (guided > 0)) * one["llm"],
         "autoencoder": images * one["decode"],
     }

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax.diffusion import flow, sampling, time
+from t2i_jax.diffusion import flow, guidance, solvers, time
 from t2i_jax.interop import reference, reference_config
 from t2i_jax.interop.mapping import names_of
 from t2i_jax.models import fusion, memory
@@ -213,30 +213,32 @@ def _sample(golden: Golden, later: Callable[[memory.TextMemory], memory.TextMemo
     """Samples; from the second step on with `later(memory)`. Half of the rows are null prompts."""
     z, model = golden.arrays, golden.model
     half = len(z["sampler/noise"])
-    sigmas = time.sampling_sigmas(len(z["sampler/timesteps"]), 1000, 3.0)
+    levels = time.sampling_sigmas(len(z["sampler/timesteps"]), 1000, 3.0)
     ids, mask, pooled = _text(golden, "sampler", "sampler/text_modulation_embeds")
+    how, scale = guidance.Guidance(), float(z["sampler/guidance_scale"])
+    rows = solvers.plan("euler", levels) | how.rows(scale, levels)
 
     @jax.jit
-    def sample(params, noise, ids, mask, pooled, scale):
+    def sample(params, noise, ids, mask, pooled, rows):
         apply = _apply(model, params)
 
         def denoise(latents, t_B, texts):
             return apply(latents, t_B, texts, method="denoise")
 
-        def encode(rows):
-            some = None if pooled is None else pooled[rows]
-            return apply(ids[rows], mask[rows], some, method="encode_text")
+        def encode(which):
+            some = None if pooled is None else pooled[which]
+            return apply(ids[which], mask[which], some, method="encode_text")
 
         def velocity(change):
             texts = (change(text) for text in (prompts, null))
-            return sampling.guided(denoise, *texts, scale, memory.interleave)
+            return guidance.guided(denoise, *texts, how, memory.interleave)
 
         null, prompts = encode(slice(half)), encode(slice(half, None))
-        latents = sampling.euler(velocity(lambda text: text), noise, sigmas[:2])
-        return sampling.euler(velocity(later), latents, sigmas[1:])
+        first, rest = (jax.tree.map(lambda x, s=s: x[s], rows) for s in (slice(1), slice(1, None)))
+        latents = solvers.solve("euler", velocity(lambda text: text), noise, first)
+        return solvers.solve("euler", velocity(later), latents, rest)
 
-    scale = np.float32(z["sampler/guidance_scale"])
-    return sample(golden.params, _nhwc(z["sampler/noise"]), ids, mask, pooled, scale)
+    return sample(golden.params, _nhwc(z["sampler/noise"]), ids, mask, pooled, rows)
 
 
 def _at_timesteps(model: fusion.TextToImageModel) -> fusion.TextToImageModel:

@@ -5,29 +5,34 @@
 
 The text memory of a prompt is made once for all steps, that of the empty prompt once a batch.
 Image i of a seed starts from noise that depends on (seed, i) alone, so it is the same picture in
-any batch and on any number of devices.
+any batch and on any number of devices: bit by bit on a CPU, elsewhere as far as a compiler rounds
+sums alike in programs for other shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
 from flax.traverse_util import flatten_dict
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from t2i_jax import build, checkpoint, convert, frozen, sampler, sharding
 from t2i_jax.data.prompts import Prompts
-from t2i_jax.diffusion import time
 from t2i_jax.errors import ConfigError, users_files
 from t2i_jax.interop.mapping import materialise
 from t2i_jax.interop.stored import Stored
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.models.fusion import TextToImageModel
+from t2i_jax.options import Options, resolve
+from t2i_jax.progress import Progress
+
+_TOLD = 3  # prompts that are cut, of those of a call
 
 
 class Pipeline(NamedTuple):
@@ -43,6 +48,7 @@ class Pipeline(NamedTuple):
     params: Any  # trained
     frozen: Any  # {'llm', 'autoencoder'}, and 'clip' where the model uses it
     mesh: Mesh
+    step: int | None = None  # of training, after which the weights are; None: not known
 
     @classmethod
     def load(cls, path: epath.PathLike, *, weights: str = "ema") -> "Pipeline":
@@ -64,7 +70,8 @@ class Pipeline(NamedTuple):
             # First, while there is room: the masters are twice as large as what is held.
             params = as_held(saved.weights(step, weights, master), config, mesh)
             prompts, autoencoder, frozen_params = frozen.load(config, workdir, mesh)
-        return cls(config, autoencoder, prompts, params, frozen_params, mesh)
+        _refuse_what_is_not_finite(path, params, frozen_params)
+        return cls(config, autoencoder, prompts, params, frozen_params, mesh, step)
 
     @classmethod
     def _of(cls, stored: Stored) -> "Pipeline":
@@ -72,81 +79,258 @@ class Pipeline(NamedTuple):
         params = trained_params(stored, config, sampler.abstract_params(config, mesh))
         prompts = frozen.make_prompts(config, stored.tokenizer, stored.clip_tokenizer)
         autoencoder, frozen_params = frozen.place(config, mesh, stored.weights, stored.autoencoder)
-        return cls(config, autoencoder, prompts, params, frozen_params, mesh)
+        _refuse_what_is_not_finite(stored.where, params, frozen_params)
+        return cls(config, autoencoder, prompts, params, frozen_params, mesh, stored.step)
 
     @property
     def model(self) -> TextToImageModel:
         """The networks that `params` and `frozen` are of."""
         return build.model(self.config)
 
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]:
-        """Images of one or several prompts; options as of `draw`."""
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        solver: str | None = None,
+        progress: bool = True,
+        **more: Any,
+    ) -> list[Image.Image]:
+        """`num_images` images of each prompt, those of the first prompt first.
+
+        Sizes, steps, scale and solver default to the model's config; `progress` shows a bar on
+        stderr; `more` is as of `draw`. Raises as `draw`.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return [Image.fromarray(image) for image in self.draw(prompts, **options)]
+        if not isinstance(negative_prompt, str | None):
+            negative_prompt = [one for one in negative_prompt for _ in range(num_images)]
+        if num_images < 1:
+            raise ConfigError(f"num_images = {num_images}: at least one.")
+        prompts = [one for one in prompts for _ in range(num_images)]
+        shown = progress and jax.process_index() == 0
+        with Progress(len(prompts), name="drawing", shown=shown) as bar:
+            images = self.draw(
+                prompts,
+                negative_prompt=negative_prompt,
+                height=height,
+                width=width,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                solver=solver,
+                progress=bar.update,
+                **more,
+            )
+        return [Image.fromarray(image) for image in images]
 
     def draw(
         self,
         prompts: Sequence[str],
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        latents: np.ndarray | None = None,
+        decode: bool = True,
         batch_size: int | None = None,
-        progress: Any = None,
+        callback: Callable[[int, float, jax.Array], Any] | None = None,
+        progress: Callable[[int], Any] | None = None,
+        **options: Any,
     ) -> np.ndarray:
         """One image a prompt: uint8 (n, H, W, 3).
 
-        `steps`, `guidance` and `batch_size` default to the config's sampling section. `progress`,
-        if given, is called with the number of images drawn so far. Raises ValueError for no
-        prompts, and for steps out of range.
+        Args:
+          prompts: n of them; '' is drawn without a prompt. What is too long for the model is cut,
+            with a warning that says where.
+          negative_prompt: what guidance leads away from, one for all or one for each; None: ''.
+          seed: of the noise.
+          numbers: of the images, by default 0 to n - 1: the noise of an image depends on the seed
+            and its number alone.
+          image: one or n images (PIL, or uint8 arrays) to start from: they are brought to the size
+            that is drawn, cropped at the sides, and noise is added to them.
+          strength: with `image`, how much noise: the share of the steps that are taken.
+          latents: float (n, H', W', C), instead of the noise that drawing starts from.
+          decode: False for latents instead of images, float32 (n, H', W', C), to which `latents`
+            of another call come back as pictures with `decode`.
+          batch_size: images at once, all devices together; by default the config's, on a CPU one a
+            device.
+          callback: called with the number of the step (from 1), the noise level that it came to
+            and the latents of the batch (B, H', W', C) after each step; latents that it returns are
+            gone on with. The steps are programs of their own then.
+          progress: called with the number of images drawn so far.
+          **options: as of `options.resolve`.
+
+        Raises ConfigError (a ValueError) for what cannot be drawn.
         """
-        if not prompts:
-            raise ValueError("No prompts to draw.")
-        c = self.config
-        steps = c.sampling.steps if steps is None else steps
-        guidance = c.sampling.guidance if guidance is None else guidance
-        sigmas = time.sampling_sigmas(steps, c.flow.num_timesteps, c.flow.shift)
-        size = self._batch_size(min(batch_size or c.sampling.batch_size, len(prompts)))
+        c, n = self.config, len(prompts)
+        if isinstance(prompts, str) or not n or not all(isinstance(p, str) for p in prompts):
+            raise ConfigError(f"Prompts are one or more strings, got {prompts!r:.200}.")
+        if image is not None and latents is not None:
+            raise ConfigError("image and latents both say what to start from: give one.")
+        if image is not None:
+            options["strength"] = strength
+        chosen = resolve(c, **options)
+        sampler_ = sampler.make(c, self.autoencoder, chosen, decodes=decode)
+        start = {
+            "numbers": _checked_numbers(numbers, n),
+            "latents": _checked_latents(latents, (n, *sampler_.latent_shape)),
+            "image": _fitted(image, n, chosen),
+        }
+        nulls = _negatives(negative_prompt, n)
+        self._tell_cut([*prompts, *nulls])
+        drawing = _Drawing(self, sampler_, chosen, jax.random.key(seed), callback)
+        size = self._batch_size(n, batch_size)
         images = []
-        for start in range(0, len(prompts), size):
-            batch = list(prompts[start : start + size])
-            real = len(batch)
-            batch += [""] * (size - real)
-            images.append(self._draw_batch(batch, sigmas, guidance, seed, start)[:real])
+        for first in range(0, n, size):
+            rows = slice(first, first + size)
+            part = {name: None if x is None else x[rows] for name, x in start.items()}
+            images.append(drawing.batch(list(prompts[rows]), nulls[rows], part, size))
             if progress:
-                progress(start + real)
+                progress(min(first + size, n))
         return np.concatenate(images)
 
-    def _batch_size(self, size: int) -> int:
+    def _batch_size(self, n: int, most: int | None) -> int:
+        """Rows of a batch: of few sizes, so that few programs are compiled.
+
+        A program for other rows a device may round sums otherwise. A CPU draws a batch hardly
+        faster than its images one by one, so there each device draws one, and always the same.
+        """
         shards = sharding.batch_shards(self.mesh)
-        return -(-size // shards) * shards
+        if most is None:
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            most = shards if on_cpu else self.config.sampling.batch_size
+        size = shards
+        while size < min(n, most):
+            size *= 2
+        return min(size, -(-most // shards) * shards)
 
     def _tell_cut(self, prompts: Sequence[str]) -> None:
-        """Warns of prompts that are too long; one of several processes does."""
-        for prompt, cut in zip(prompts, self.prompts.cut(prompts), strict=True):
-            if cut and jax.process_index() == 0:
-                logging.warning("Only %d tokens are read of %r", self.prompts.length, prompt)
-
-    def _draw_batch(self, prompts, sigmas, guidance, seed, first) -> np.ndarray:
-        c = self.config
-        text = self.prompts.encode([*prompts, ""])
-        self._tell_cut(prompts)
-        replicated = sharding.replicated(self.mesh)
-        with jax.set_mesh(self.mesh):
-            images = sampler.draw(
-                sampler.make(c, self.autoencoder, guided=guidance != 1),
-                {"params": self.params, "frozen": self.frozen},
-                sharding.put(
-                    {name: x[:-1] for name, x in text.items()}, sharding.batch_sharding(self.mesh)
-                ),
-                sharding.put({name: x[-1:] for name, x in text.items()}, replicated),
-                sharding.put(np.arange(first, first + len(prompts)), replicated),
-                jax.random.key(seed),
-                sigmas,
-                np.float32(guidance),
+        """Warns of prompts that are too long, once each; one of several processes does."""
+        if jax.process_index():
+            return
+        prompts = list(dict.fromkeys(prompts))
+        read = zip(prompts, self.prompts.read(prompts), strict=True)
+        cut = [(prompt, count) for prompt, count in read if count is not None]
+        for prompt, count in cut[:_TOLD]:
+            logging.warning(
+                "A prompt of %d characters is cut: %d tokens are read, up to ...%r; what is lost "
+                "begins with %r",
+                len(prompt),
+                self.prompts.length,
+                prompt[:count][-40:],
+                prompt[count:][:40],
             )
-            gathered = jax.device_put(images, replicated)
-        return np.asarray(gathered)
+        if len(cut) > _TOLD:
+            logging.warning("%d of %d prompts are cut like these", len(cut), len(prompts))
+
+
+class _Drawing(NamedTuple):
+    """Batches of one call."""
+
+    pipeline: Pipeline
+    sampler: sampler.Sampler
+    options: Options
+    key: jax.Array
+    callback: Callable[[int, float, jax.Array], Any] | None
+
+    def batch(
+        self, prompts: list[str], nulls: Sequence[str], start: dict[str, Any], size: int
+    ) -> np.ndarray:
+        """Images or latents of at most `size` prompts, by a program for `size`."""
+        real, mesh = len(prompts), self.pipeline.mesh
+        rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+        def padded(x):
+            return np.concatenate([x, np.repeat(x[-1:], size - real, axis=0)])
+
+        prompts = prompts + [""] * (size - real)
+        same = len(set(nulls)) == 1
+        nulls = list(nulls[:1]) if same else [*nulls, *[""] * (size - real)]
+        encode = self.pipeline.prompts.encode
+        with jax.set_mesh(mesh):
+            text = sharding.put(encode(prompts), rows)
+            null = sharding.put(encode(nulls), whole if same else rows)
+            number_B = sharding.put(padded(start["numbers"]), whole)
+            first = sampler.Start(self.key, number_B)
+            if start["latents"] is not None:
+                first = first._replace(latents_BHWC=sharding.put(padded(start["latents"]), rows))
+            if start["image"] is not None:
+                pixels = sharding.put(padded(start["image"]), rows)
+                fixed = self.pipeline.frozen["autoencoder"]
+                encoded = sampler.encode(self.pipeline.autoencoder, fixed, pixels)
+                first = first._replace(image_BHWC=encoded)
+            drawn = self._run(text, null, first)
+            gathered = jax.device_put(drawn, whole)
+        return np.asarray(gathered)[:real]
+
+    def _run(self, text: Any, null: Any, first: sampler.Start) -> jax.Array:
+        pipeline, table = self.pipeline, sampler.table(self.options)
+        weights = {"params": pipeline.params, "frozen": pipeline.frozen}
+        if self.callback is None:
+            return sampler.draw(self.sampler, weights, text, null, first, table)
+        levels = self.options.levels
+        memories, state = sampler.prepare(self.sampler, weights, text, null, first, levels[0])
+        for i, level in enumerate(levels[1:]):
+            row = {name: column[i] for name, column in table.items()}
+            state = sampler.advance(self.sampler, weights, memories, state, row, first)
+            changed = self.callback(i + 1, float(level), state.z)
+            if changed is not None:
+                z = _checked_latents(np.asarray(changed), state.z.shape)
+                state = state._replace(z=sharding.put(z, state.z.sharding))
+        return sampler.finish(self.sampler, weights, state.z)
+
+
+def _checked_numbers(numbers: Sequence[int] | None, n: int) -> np.ndarray:
+    numbers = range(n) if numbers is None else numbers
+    found = np.asarray(numbers, np.int64)
+    if found.shape != (n,) or (found < 0).any() or (found >= 2**31).any():
+        raise ConfigError(f"numbers must be {n}, one a prompt, from 0 to 2**31 - 1.")
+    return found.astype(np.int32)
+
+
+def _checked_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    if latents is None:
+        return None
+    latents = np.asarray(latents, np.float32)
+    if latents.shape != shape or not np.isfinite(latents).all():
+        raise ConfigError(f"latents must be finite, of shape {shape}, got {latents.shape}.")
+    return latents
+
+
+def _fitted(image: Any, n: int, options: Options) -> np.ndarray | None:
+    """Images to start from: uint8 (n, H, W, 3), one for all or n of them."""
+    if image is None:
+        return None
+    several = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+    given = list(image) if several else [image] * n
+    if len(given) != n:
+        raise ConfigError(f"{len(given)} images to start from, but {n} to draw: one, or as many.")
+    size = (options.width, options.height)
+    found = []
+    for one in given:
+        if not isinstance(one, Image.Image):
+            one = np.asarray(one)
+            if one.dtype != np.uint8 or one.ndim != 3 or one.shape[-1] != 3:
+                raise ConfigError(f"An image is uint8 (H, W, 3), got {one.dtype} {one.shape}.")
+            one = Image.fromarray(one)
+        fit = ImageOps.fit(one.convert("RGB"), size, Image.Resampling.BICUBIC)
+        found.append(np.asarray(fit))
+    return np.stack(found)
+
+
+def _negatives(negative_prompt: str | Sequence[str] | None, n: int) -> list[str]:
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * n
+    if len(negative_prompt) != n:
+        raise ConfigError(f"{len(negative_prompt)} negative prompts for {n} images: one, or {n}.")
+    return list(negative_prompt)
 
 
 def trained_params(stored: Stored, config: ConfigDict, like: Any) -> Any:
@@ -186,6 +370,23 @@ def as_held(params: Any, config: ConfigDict, mesh: Mesh) -> Any:
         return held
 
     return jax.tree.map(one, params, sampler.abstract_params(config, mesh))
+
+
+def _refuse_what_is_not_finite(where: Any, params: Any, frozen_params: Any) -> None:
+    """Raises ConfigError where a weight is not a number: all pictures would be black, or none."""
+    weights = {"params": params, **frozen_params}
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(weights)
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, good in jax.tree.leaves_with_path(finite)
+        if not good
+    ]
+    if bad:
+        some = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise ConfigError(
+            f"{where} has weights that are not finite, in {len(bad)} of its arrays: {some}. "
+            "Nothing can be drawn with it; take another checkpoint."
+        )
 
 
 def _mesh_here(config: ConfigDict) -> Mesh:

@@ -7,15 +7,18 @@ one open port is enough. Every other process connects and sends one line of JSON
     {"process": 1, "of": 4, "host": "worker-1", "left": 290.5, "same": {"train.steps": 1000, ...}}
 
 where `left` are the seconds that it still waits; and then reads lines until the last one:
-{"hosts": {"0": "worker-0", ...}} whenever somebody has come or gone, and at the end {"go": true,
+{"hosts": {"0": "worker-0", ...}} when somebody has come or gone, and at the end {"go": true,
 "hosts": ...} or {"problem": "...", "config": false}. All give up together, when the first would. It
 needs no secret: what listens on that port afterwards, JAX's service, knows none either.
 """
 
 from collections.abc import Mapping
 import contextlib
+import errno
 import json
-import select
+import math
+import resource
+import selectors
 import socket
 import time
 from typing import Any
@@ -26,6 +29,8 @@ _LONGEST = 4_000_000  # bytes of a line
 _PATIENCE = 5.0  # seconds that one caller may take for its card, or to read an answer
 _GRACE = 10.0  # seconds that process 0 has to tell those who wait for it that time is up
 _RETRY = 0.5  # seconds between calls of a process 0 that does not listen yet
+_NEWS = 0.01  # seconds between lines with all hosts, times their number: they are as long
+_FILES = 200  # that process 0 may need beside a connection to each of the others
 _SHOWN = 10  # differences that a message names
 
 Hosts = dict[int, str]
@@ -73,27 +78,47 @@ class _Leader:
         self._cards = {0: card}
         self._calls: dict[int, socket.socket] = {}
         self._refused: list[str] = []
+        self._selector = selectors.DefaultSelector()
+        self._news, self._told = False, -math.inf  # whether somebody came or went since, and when
         self._count, self._timeout, self._deadline = card["of"], timeout, deadline
 
     def wait(self, bind: str) -> Hosts:
         try:
             with _listen(bind) as server:
+                self._listen_to(server)
                 while len(self._cards) < self._count and (left := self._left()) > 0:
-                    ready, _, _ = select.select([server, *self._calls.values()], [], [], left)
+                    pause = self._told + _NEWS * len(self._cards) - time.monotonic()
+                    wait = min(left, max(pause, 0)) if self._news else left
+                    ready = [key.fileobj for key, _ in self._selector.select(wait)]
+                    self._news |= bool(ready)
                     self._forget(ready)
                     if server in ready:
                         self._admit(server)
-                    self._tell({"hosts": self._hosts()})
+                    if self._news and pause <= 0:
+                        self._tell({"hosts": self._hosts()})
+                        self._news, self._told = False, time.monotonic()
             # The port is free again before anybody looks for JAX's service on it.
             error = self._problem()
             if error is None:
                 self._tell({"go": True, "hosts": self._hosts()})
                 return self._hosts()
-            self._tell({"problem": str(error), "config": isinstance(error, ConfigError)})
             raise error
+        except UserError as error:
+            self._tell({"problem": str(error), "config": isinstance(error, ConfigError)})
+            raise
         finally:
+            self._selector.close()
             for call in self._calls.values():
                 call.close()
+
+    def _listen_to(self, server: socket.socket) -> None:
+        """One open file for every process is more than a shell allows by default."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self._count + _FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        self._selector.register(server, selectors.EVENT_READ)
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
@@ -103,12 +128,24 @@ class _Leader:
 
     def _forget(self, ready: list[socket.socket]) -> None:
         """Those who say something after their card: that they have gone."""
-        for number in [n for n, call in self._calls.items() if call in ready]:
-            self._calls.pop(number).close()
+        gone = set(ready)
+        for number in [n for n, call in self._calls.items() if call in gone]:
+            call = self._calls.pop(number)
+            self._selector.unregister(call)
+            call.close()
             del self._cards[number]
 
     def _admit(self, server: socket.socket) -> None:
-        call, _ = server.accept()
+        try:
+            call, _ = server.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StartError(
+                    f"Process 0 ({self._cards[0]['host']}) cannot hear more than "
+                    f"{len(self._cards)} of {self._count} processes: {error}. Raise the number of "
+                    f"files that it may open: ulimit -n {self._count + _FILES}."
+                ) from error
+            return  # whoever called has gone again
         call.settimeout(max(0.1, min(_PATIENCE, self._left())))
         try:
             with call.makefile("rb") as lines:
@@ -120,6 +157,7 @@ class _Leader:
             if not wrong:
                 self._deadline = min(self._deadline, time.monotonic() + float(card["left"]))
                 self._calls[number], self._cards[number] = call, card
+                self._selector.register(call, selectors.EVENT_READ)
                 return
             self._refused.append(wrong)
             _send(call, {"problem": wrong, "config": True})

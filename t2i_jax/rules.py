@@ -3,7 +3,7 @@
 `contradictions` says all of it that a config breaks, every line naming a key.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import difflib
 import math
 import re
@@ -13,89 +13,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax.data.buckets import parse as parse_shape
 from t2i_jax.data.sources import FILES, SOURCES, ingredients
-from t2i_jax.models.attention import KERNELS
-from t2i_jax.models.clip import ACTIVATIONS as CLIP_ACTIVATIONS
-from t2i_jax.models.conditioning import CONDITIONING
-from t2i_jax.models.dit import ATTENTIONS, PREDICTIONS
-from t2i_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
-from t2i_jax.models.lora import PRODUCTS
-from t2i_jax.models.memory import SOURCES as MEMORY_SOURCES
-from t2i_jax.models.positions import IMAGE_POSITIONS
-from t2i_jax.quantization import METHODS as QUANTIZATIONS
-from t2i_jax.training.optimizer import OPTIMIZERS, SCHEDULES
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "autoencoder.kind": ("kl", "identity"),
-    "clip.activation": tuple(CLIP_ACTIVATIONS),
-    "data.source": tuple(SOURCES),
-    "dit.attention": tuple(ATTENTIONS),
-    "dit.conditioning": tuple(CONDITIONING),
-    "dit.positions": tuple(IMAGE_POSITIONS),
-    "dit.prediction": tuple(PREDICTIONS),
-    "dit.remat": tuple(REMAT_POLICIES),
-    "llm.activation": tuple(ACTIVATIONS),
-    "lora.products": tuple(PRODUCTS),
-    "memory.source": tuple(MEMORY_SOURCES),
-    "optimizer.name": tuple(OPTIMIZERS),
-    "optimizer.schedule": tuple(SCHEDULES),
-    "train.attention": KERNELS,
-    "train.dtype": ("float32", "bfloat16"),
-    "train.frozen_dtype": ("float32", "bfloat16"),
-    "train.llm_quantization": QUANTIZATIONS,
-}
-
-_Range = tuple[Callable[[float], bool], str]
-_POSITIVE: _Range = (lambda x: x > 0, "positive")
-_OR_ZERO: _Range = (lambda x: x >= 0, "zero or more")
-_RATE: _Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
-_DECAY: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-_SHARDS: _Range = (lambda x: x == -1 or x > 0, "positive, or -1: the rest of the devices")
-
-# What numbers may be. Those that are not named here are positive.
-RANGES: dict[str, _Range] = {
-    "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
-    "pretrain.steps": _OR_ZERO,
-    "pretrain.vocab_size": (
-        lambda x: x == 0 or x >= 260,
-        "0, or at least 260: the bytes and the special tokens",
-    ),
-    "llm.norm_offset": (lambda x: x in (0, 1), "1 or 0"),
-    "llm.query_scalar": _OR_ZERO,
-    "llm.softcap": _OR_ZERO,
-    "llm.logit_softcap": _OR_ZERO,
-    "memory.first_layer": _OR_ZERO,
-    "lora.rank": _OR_ZERO,
-    "dit.table_size": _OR_ZERO,
-    "dit.pooled_width": _OR_ZERO,
-    "clip.eos_id": _OR_ZERO,
-    "clip.projection_width": _OR_ZERO,
-    "autoencoder.shift": (lambda x: True, "finite"),
-    "autoencoder.tile": _OR_ZERO,
-    "flow.time_mean": (lambda x: True, "finite"),
-    "data.caption_dropout": _RATE,
-    "data.original_caption_rate": _RATE,
-    "data.max_text_tokens": (lambda x: x >= 2, "at least 2: the first token, BOS, and one more"),
-    "data.validation_size": _OR_ZERO,
-    "data.min_image_size": _OR_ZERO,
-    "data.max_bad_rate": _RATE,
-    "data.num_workers": _OR_ZERO,
-    "optimizer.weight_decay": _OR_ZERO,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
-    "optimizer.warmup_steps": _OR_ZERO,
-    "optimizer.decay_steps": _OR_ZERO,
-    "ema.decay": _DECAY,
-    "train.step_deadline": _OR_ZERO,
-    "train.pause_deadline": _OR_ZERO,
-    "profile.steps": _OR_ZERO,
-    "checkpoint.keep_every": _OR_ZERO,
-    "validation.every": _OR_ZERO,
-    "sampling.every": _OR_ZERO,
-    "sampling.guidance": _OR_ZERO,
-    "mesh.data": _SHARDS,
-    "mesh.fsdp": _SHARDS,
-    "mesh.tensor": _SHARDS,
-}
+from t2i_jax.values import CHOICES, POSITIVE, RANGES
 
 
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -119,10 +37,17 @@ def contradictions(config: ConfigDict) -> list[str]:
             hint = did_you_mean(difflib.get_close_matches(value, CHOICES[key], 1, 0.4))
             problems.append(f"{key} = {value!r} is unknown; known: {list(CHOICES[key])}.{hint}")
         if type(value) in (int, float):
-            allowed, words = RANGES.get(key, _POSITIVE)
+            allowed, words = RANGES.get(key, POSITIVE)
             if not (math.isfinite(value) and allowed(value)):
                 problems.append(f"{key} = {value} must be {words}")
-    for rules in (_model_rules, _lora_rules, _data_rules, _training_rules):
+    for rules in (
+        _model_rules,
+        _lora_rules,
+        _data_rules,
+        _training_rules,
+        _sampling_rules,
+        _evaluation_rules,
+    ):
         problems += rules(config)
     return problems
 
@@ -341,7 +266,7 @@ def _profile_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def _training_rules(config: ConfigDict) -> Iterator[str]:
-    train, optimizer, sampling, mesh = config.train, config.optimizer, config.sampling, config.mesh
+    train, optimizer, mesh = config.train, config.optimizer, config.mesh
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", config.name):
         yield f"name = {config.name!r} must be letters, digits and any of _ . - /, for runs/<name>"
     yield from _divides(config, "train.batch_size", "train.accumulation")
@@ -361,19 +286,12 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
             "does not decay"
         )
     yield from _profile_rules(config)
-    if sampling.steps > config.flow.num_timesteps:
-        yield (
-            f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "
-            f"{config.flow.num_timesteps}, the levels there are"
-        )
     saved = config.checkpoint
     if saved.keep_every % max(saved.every, 1):
         yield (
             f"checkpoint.keep_every = {saved.keep_every} is no multiple of checkpoint.every = "
             f"{saved.every}: most of its multiples would never be saved"
         )
-    if sampling.every and not sampling.prompts:
-        yield f"sampling.every = {sampling.every}, but sampling.prompts is empty"
     times = config.validation.timesteps
     if config.validation.every and not times:
         yield f"validation.every = {config.validation.every}, but validation.timesteps is empty"
@@ -388,3 +306,37 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
             f"train.batch_size / train.accumulation = {rows} is not divisible by mesh.data * "
             f"mesh.fsdp = {shards}"
         )
+
+
+def _sampling_rules(config: ConfigDict) -> Iterator[str]:
+    sampling = config.sampling
+    if sampling.steps > config.flow.num_timesteps:
+        yield (
+            f"sampling.steps = {sampling.steps} is more than flow.num_timesteps = "
+            f"{config.flow.num_timesteps}, the levels there are"
+        )
+    if sampling.every and not sampling.prompts:
+        yield f"sampling.every = {sampling.every}, but sampling.prompts is empty"
+    limits = sampling.guidance_interval
+    if len(limits) != 2 or not 0 <= limits[0] < limits[1] <= 1:
+        yield f"sampling.guidance_interval = {limits} must be two levels, 0 <= low < high <= 1"
+    if sampling.zero_steps >= sampling.steps and sampling.guidance_method == "cfg-zero":
+        yield (
+            f"sampling.zero_steps = {sampling.zero_steps} leaves none of sampling.steps = "
+            f"{sampling.steps} in which anything moves"
+        )
+
+
+def _evaluation_rules(config: ConfigDict) -> Iterator[str]:
+    evaluation, source = config.evaluation, config.data.source
+    if not evaluation.every or source in ("scenes", "digits"):
+        return
+    if not (evaluation.inception or evaluation.clip):
+        yield (
+            f"evaluation.every = {evaluation.every}, but data.source = {source!r} has no score of "
+            "its own: name evaluation.inception or evaluation.clip"
+        )
+    if evaluation.inception and source == "latents":
+        yield "evaluation.inception is given, but data.source = 'latents' has no pictures"
+    if not config.data.validation_size:
+        yield f"evaluation.every = {evaluation.every}, but data.validation_size = 0"

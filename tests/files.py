@@ -121,3 +121,61 @@ def write_clip_weights(folder, config=CLIP_JSON, tensors=None):
     sizes = config["vocab_size"], config["max_position_embeddings"]
     save_file(tensors or clip_tensors(*sizes), folder / "model.safetensors")
     return folder
+
+
+VISION_JSON = {  # of an image encoder beside it; again no two sizes are equal
+    "image_size": 12,
+    "patch_size": 4,
+    "hidden_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "intermediate_size": 28,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-3,
+}
+PICTURES_JSON = {  # as OpenAI's first files have them
+    "crop_size": 12,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 12,
+}
+
+
+def clip_model_tensors(vocab_size):
+    """Random weights of both encoders, and what is beside them, by their names."""
+    shapes = {
+        "embeddings.class_embedding": (20,),
+        "embeddings.patch_embedding.weight": (20, 3, 4, 4),
+        "embeddings.position_embedding.weight": (10, 20),
+    }
+    for layer in (f"encoder.layers.{i}" for i in range(2)):
+        products = {f"self_attn.{n}_proj": (20, 20) for n in ("q", "k", "v", "out")}
+        products |= {"mlp.fc1": (28, 20), "mlp.fc2": (20, 28)}
+        products |= {"layer_norm1": (20,), "layer_norm2": (20,)}
+        for name, shape in products.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+    for name in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"{name}.weight": (20,), f"{name}.bias": (20,)}
+    shapes = {f"vision_model.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"visual_projection.weight": (10, 20), "logit_scale": ()}
+    rng = np.random.default_rng(1)
+    vision = {n: np.asarray(rng.normal(size=s, scale=0.4), "f4") for n, s in shapes.items()}
+    vision["vision_model.embeddings.position_ids"] = np.arange(10)[None]
+    return clip_tensors(vocab_size) | vision
+
+
+def write_clip_model(folder, config=None, pictures=PICTURES_JSON, tensors=None):
+    """A directory of both encoders, of how pictures are made and of a tokenizer: a CLIPModel."""
+    write_clip(folder)
+    vocab_size = len(clip_vocabulary())
+    text = CLIP_JSON | {"vocab_size": vocab_size}
+    both = {"model_type": "clip", "projection_dim": 10}
+    both |= {"text_config": text, "vision_config": VISION_JSON} | (config or {})
+    (folder / "config.json").write_text(json.dumps(both))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    save_file(tensors or clip_model_tensors(vocab_size), folder / "model.safetensors")
+    return folder

@@ -3,7 +3,8 @@
     python tests/member.py WORKDIR OUT --coordinator=... --num_processes=N --process_id=I
 
 Writes OUT/<I>.json: {"rows": {mesh: {step: {row: digest}}}, "tells": {mesh: ...}, "state": {...},
-"told": what it hears of a process that fails}.
+"told": what it hears of a process that fails, "features": of items, which of them it prepared, and
+what it hears of one that cannot be}.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 from t2i_jax import checkpoint, cli, distributed, frozen, sharding
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import UserError
+from t2i_jax.evaluation.features import Extractor
 from t2i_jax.training import program
 
 STEPS = range(3)
@@ -89,6 +91,26 @@ def hears_of_a_failure():
     return ""
 
 
+def features_of_items():
+    """[[their features], [the items that this process prepared], what it is told of a bad one]."""
+    mine = []
+
+    def prepare(item):
+        if item == 19:
+            raise ValueError("a bad picture")
+        mine.append(item)
+        return np.full(2, item, np.int32)
+
+    reads = jax.ShapeDtypeStruct((2,), np.int32)
+    mesh = sharding.make_mesh()
+    extractor = Extractor(prepare, lambda k, x: k * x, 3, mesh, reads, batch_size=SIZE)
+    found = extractor(range(11))[:, 0].tolist()
+    try:
+        extractor(range(11, 22))
+    except (ValueError, UserError) as error:
+        return [found, sorted(i for i in mine if i < 11), str(error)]
+
+
 def main(argv):
     workdir, out = map(pathlib.Path, argv[1:])
     cli.start_processes({"workdir": str(workdir)})
@@ -100,6 +122,7 @@ def main(argv):
             "tells": {name: sharding.tells_rows(mesh) for name, mesh in meshes().items()},
             "state": state_digests(config, saved, step, sharding.make_mesh()),
             "told": hears_of_a_failure(),
+            "features": features_of_items(),
         }
     (out / f"{jax.process_index()}.json").write_text(json.dumps(found))
 

@@ -1,11 +1,17 @@
 """Real processes of launch/train.py: started, hurt, and waited for."""
 
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import time
+
+import jax
+
+from t2i_jax import build, checkpoint, frozen, sharding
+from t2i_jax.training import program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("T2I_FAULT_KILLS", "1"))  # at random moments; 20 are the full suite
@@ -121,3 +127,21 @@ def saving(training):
 def at(number):
     """It has made steps itself, and metrics.jsonl tells of step `number`."""
     return lambda training: training.ready() and training.steps() >= number
+
+
+def last_state(workdir):
+    """(the final TrainState, the language model) on one device."""
+    with checkpoint.Checkpoints(workdir) as saved:
+        assert saved.steps()[-1] == STEPS and len(saved.steps()) == 2
+        config = saved.config(STEPS)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        like, _, _ = program.abstract_state(config, mesh)
+        llm = build.abstract_frozen(config, mesh)["llm"]
+        return saved.restore(STEPS, like), checkpoint.load_tree(frozen.llm_path(workdir), llm)
+
+
+def saves_of_the_last_start(workdir):
+    """The steps that the newest start of a run has saved, in order."""
+    events = list(map(json.loads, (workdir / "history.jsonl").read_text().splitlines()))
+    first = max(i for i, event in enumerate(events) if event["event"] == "start")
+    return [event["step"] for event in events[first:] if event["event"] == "saved"]

@@ -113,7 +113,7 @@ def test_pictures_are_guided_by_the_embeddings_of_prompt_and_null(
     monkeypatch.setattr(build, "model", lambda config: model)
     changes = {"config": config, "prompts": prompts, "frozen": params}
     captions = ["a red cat", "a cat"]
-    images = plain._replace(**changes).draw(captions, seed=5, guidance=3.0)
+    images = plain._replace(**changes).draw(captions, seed=5, guidance_scale=3.0)
     pooled = 0.01 * pool(config, parts, [*captions, ""]).sum(-1)
     assert np.ptp(pooled) > 0.01
     for i, image in enumerate(images):
@@ -132,11 +132,11 @@ def test_a_run_with_clip_trains_and_draws(config, tmp_path):
         lambda x: x + 0.3 * np.sin(np.arange(x.size).reshape(x.shape)), pipeline.params
     )
     pipeline = pipeline._replace(params=noisy)
-    images = pipeline.draw(["a red cat"], seed=5, guidance=1).astype(int)
+    images = pipeline.draw(["a red cat"], seed=5, guidance_scale=1).astype(int)
     changed = jax.tree.map(np.asarray, pipeline.frozen["clip"])
     changed["projection"]["weight"] = -changed["projection"]["weight"]
     other = pipeline._replace(frozen={**pipeline.frozen, "clip": changed})
-    assert np.abs(other.draw(["a red cat"], seed=5, guidance=1) - images).max() > 1
+    assert np.abs(other.draw(["a red cat"], seed=5, guidance_scale=1) - images).max() > 1
 
 
 def test_what_is_missing_or_does_not_fit_is_named(config, trained, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from t2i_jax import cli
 from t2i_jax import config as configs
 from t2i_jax.config import ConfigError, from_json, load, to_json, validate
-from t2i_jax.rules import CHOICES, RANGES
+from t2i_jax.values import CHOICES, RANGES
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path) for path in (ROOT / "configs").rglob("*.py") if path.stem != "llms")

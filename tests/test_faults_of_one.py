@@ -13,15 +13,23 @@ import resource
 import signal
 import time
 
-import jax
 import pytest
 
-from t2i_jax import build, checkpoint, frozen, sharding
-from t2i_jax.training import program
+from t2i_jax import checkpoint
 from t2i_jax.training.history import goodput
 from t2i_jax.training.preemption import EXIT_PREEMPTED
 from tests import tiny
-from tests.processes import EVERY, KILLS, STEPS, VALIDATE, Training, at, saving
+from tests.processes import (
+    EVERY,
+    KILLS,
+    STEPS,
+    VALIDATE,
+    Training,
+    at,
+    last_state,
+    saves_of_the_last_start,
+    saving,
+)
 
 SEED = int(os.environ.get("T2I_FAULT_SEED", "0"))
 FULL = 40_000  # bytes that a file may have; a checkpoint has larger ones, and nothing else
@@ -88,6 +96,7 @@ class Hurt:
         training.process.send_signal(signal.SIGTERM)
         self.asked_code = training.end()
         self.saved = newest(self.workdir)
+        self.asked_saves = saves_of_the_last_start(self.workdir)
         return training
 
     def _fill(self):
@@ -124,6 +133,8 @@ def test_asked_to_stop_it_saves_once_and_says_so(hurt):
     assert hurt.asked_code == EXIT_PREEMPTED
     assert f"Stopped by SIGTERM after step {hurt.saved}, which is saved" in hurt.asked.output()
     assert hurt.asked.resumed() < hurt.saved < STEPS
+    *regular, last = hurt.asked_saves
+    assert last == hurt.saved and all(step % EVERY == 0 for step in regular)
     assert "Traceback" not in hurt.asked.output()
 
 
@@ -154,17 +165,6 @@ def test_the_history_tells_of_every_start(hurt):
     causes = [event["cause"] for event in events if event["event"] == "end"]
     assert causes == ["PreemptedError", "StorageError", "finished"]
     assert 0 < goodput(hurt.workdir) < 0.9
-
-
-def last_state(workdir):
-    """(the final TrainState, the language model) on one device."""
-    with checkpoint.Checkpoints(workdir) as saved:
-        assert saved.steps()[-1] == STEPS and len(saved.steps()) == 2
-        config = saved.config(STEPS)
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        like, _, _ = program.abstract_state(config, mesh)
-        llm = build.abstract_frozen(config, mesh)["llm"]
-        return saved.restore(STEPS, like), checkpoint.load_tree(frozen.llm_path(workdir), llm)
 
 
 def test_parameters_average_and_optimiser_are_the_same(undisturbed, hurt):

@@ -8,15 +8,26 @@ import json
 import shutil
 import signal
 import socket
+import time
 
 import pytest
 
 from t2i_jax import checkpoint
 from t2i_jax.training.preemption import EXIT_PREEMPTED
 from t2i_jax.training.watchdog import EXIT_STALLED
-from tests.processes import EVERY, VALIDATE, Training, at
+from tests import tiny
+from tests.processes import (
+    EVERY,
+    STEPS,
+    VALIDATE,
+    Training,
+    at,
+    last_state,
+    saves_of_the_last_start,
+)
 
 DEADLINE = ("--config.train.step_deadline=20",)
+HEARTBEATS, SLOW = 100, 60  # seconds: until JAX misses a process, and for a busy machine
 
 
 def free_port():
@@ -77,19 +88,27 @@ class Hurt:
         two = Two(workdir, cache, fill=True)
         two.all[0].wait_for(lambda t: t.steps() >= 9)
         two.all[1].process.kill()
+        begun = time.monotonic()
         self.killed = two, two.end()
+        self.killed_took = time.monotonic() - begun
 
         two = Two(workdir, cache)
         two.all[1].process.send_signal(signal.SIGTERM)
         self.asked = two, two.end()
         self.saved = checkpoint.find(workdir)[1]
+        self.asked_saves = saves_of_the_last_start(workdir)
 
         two = Two(workdir, cache, *DEADLINE)
         two.all[0].wait_for(lambda t: between(t.steps(), self.saved))
         two.all[1].process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
         self.stalled = two, two.all[0].end()
+        self.stalled_took = time.monotonic() - begun
         two.all[1].process.kill()
         two.all[1].process.wait()
+
+        two = Two(workdir, cache)
+        self.last = two, two.end()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +119,7 @@ def hurt(undisturbed):
 def test_where_one_is_killed_the_other_ends(hurt):
     two, codes = hurt.killed
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), two.output()
+    assert hurt.killed_took < HEARTBEATS + SLOW
 
 
 def test_where_one_stalls_the_other_is_ended_by_its_watchdog(hurt):
@@ -111,6 +131,7 @@ def test_where_one_stalls_the_other_is_ended_by_its_watchdog(hurt):
         assert code == EXIT_STALLED, two.output()
         assert "has taken more than 20 seconds (train.step_deadline" in said
         assert "in _run" in (hurt.workdir / "stacks_host_0000.txt").read_text()
+    assert hurt.stalled_took < HEARTBEATS + SLOW
 
 
 def test_where_one_is_asked_to_stop_both_save_the_same_step(hurt):
@@ -119,6 +140,8 @@ def test_where_one_is_asked_to_stop_both_save_the_same_step(hurt):
     for training in two.all:
         assert f"Stopped by SIGTERM after step {hurt.saved}, which is saved" in training.output()
     assert hurt.stalled[0].all[0].resumed() == hurt.saved
+    *regular, last = hurt.asked_saves
+    assert last == hurt.saved and all(step % EVERY == 0 for step in regular)
 
 
 def test_where_one_is_asked_before_the_first_step_both_end_alike(undisturbed):
@@ -132,10 +155,12 @@ def test_where_one_is_asked_before_the_first_step_both_end_alike(undisturbed):
         assert "Traceback" not in training.output()
 
 
-def test_the_metrics_are_those_of_one_process_left_alone(undisturbed, hurt):
-    """As far as they have come: through two restarts, and beyond."""
+def test_in_the_end_all_is_as_of_one_process_left_alone(undisturbed, hurt):
+    """Killed, asked to stop, stalled and started again: every number, and the last state."""
+    two, codes = hurt.last
+    assert codes == [0, 0], two.output()
     texts = [(workdir / "metrics.jsonl").read_text() for workdir in (undisturbed, hurt.workdir)]
-    whole, text = texts[0], texts[1][: texts[1].rindex("\n") + 1]
-    assert whole.startswith(text)
-    losses = [e["step"] for e in map(json.loads, text.splitlines()) if "loss" in e]
-    assert losses == list(range(1, len(losses) + 1)) and len(losses) > hurt.saved
+    assert texts[0] == texts[1]
+    losses = [e["step"] for e in map(json.loads, texts[1].splitlines()) if "loss" in e]
+    assert losses == list(range(1, STEPS + 1))
+    tiny.equal(last_state(hurt.workdir), last_state(undisturbed))

@@ -1,5 +1,6 @@
 """launch/: real processes, in an empty directory, with nothing of this project on their path."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,9 @@ import sys
 
 from PIL import Image
 import pytest
+
+from t2i_jax import config as configs
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS, LAUNCH = ROOT / "configs", ROOT / "launch"
@@ -59,11 +63,20 @@ def runs(launch, trained):
     scenes = f"--config={CONFIGS / 'scenes.py'}"
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     drawn = ("--prompt=a red ring", "--num_images=2", "--steps=2", "--out=new/grid.png")
+    drawn += ("--files=new/files", "--solver=unipc", "--seed=3")
+    scored = ("--num_images=6", "--steps=1", "--out=new/report.json")
     flags = {
         "dry": (LAUNCH / "train.py", scenes, "--dry_run", *mesh, "--config.seed=7"),
         "flagship": (LAUNCH / "train.py", f"--config={CONFIGS / 'fusion_2b.py'}"),
         "unknown": (LAUNCH / "train.py", scenes, "--config.optimiser.b1=0.5"),
         "sample": (LAUNCH / "sample.py", f"--checkpoint={trained}", *drawn),
+        "evaluate": (LAUNCH / "evaluate.py", f"--checkpoint={trained}", *scored),
+        "both": (
+            LAUNCH / "evaluate.py",
+            *(f"--checkpoint={trained / 'checkpoints' / step}" for step in ("2", "4")),
+            *scored,
+        ),
+        "benchmark": (LAUNCH / "evaluate.py", f"--checkpoint={trained}", "--benchmark=genevl"),
         "nothing": (LAUNCH / "sample.py", "--checkpoint=nowhere"),
         "steps": (LAUNCH / "sample.py", f"--checkpoint={trained}", "--steps=1001"),
         "out": (LAUNCH / "sample.py", f"--checkpoint={trained}", "--out=grid"),
@@ -130,9 +143,43 @@ def test_a_key_that_is_not_there_has_a_suggestion(runs):
 def test_sampling_draws_a_grid(runs):
     status, out, err, directory = runs["sample"]
     assert status == 0, err
-    assert "2 images in new/grid.png" in out
+    assert "2 images in new/grid.png and new/files" in out
     with Image.open(directory / "new" / "grid.png") as grid:
         assert grid.width >= 16 and grid.height >= 2 * 16
+
+
+def test_every_picture_says_what_made_it(runs, trained):
+    *_, directory = runs["sample"]
+    lines = (directory / "new" / "files" / "images.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for i, line in enumerate(map(json.loads, lines)):
+        assert line["file"] == f"{i:05d}.png" and line["number"] == i
+        assert (line["prompt"], line["seed"], line["solver"]) == ("a red ring", 3, "unipc")
+        assert line["checkpoint"] == str(trained) and line["checkpoint_step"] == 4
+        with Image.open(directory / "new" / "files" / line["file"]) as picture:
+            assert picture.size == (16, 16) and json.loads(picture.text["drawn"]) == line
+            config = configs.from_json(picture.text["config"])
+    assert config.to_dict() == tiny.config(**tiny.WATCHED).to_dict()
+    with Image.open(directory / "new" / "grid.png") as grid:
+        assert json.loads(grid.text["drawn"])["prompts"] == ["a red ring"] * 2
+
+
+def test_evaluation_leaves_a_report_a_page_and_the_images(runs):
+    status, out, err, directory = runs["evaluate"]
+    assert status == 0, err
+    assert "scenes: accuracy" in out and "control, null" in out
+    report = json.loads((directory / "new" / "report.json").read_text())
+    assert report["num_images"] == 6 and report["checkpoint_step"] == 4
+    assert "<html" in (directory / "new" / "report.html").read_text()
+    images = sorted((directory / "new" / "report_images").glob("*/prompts/*.png"))
+    assert [file.name for file in images] == [f"{i:05d}.png" for i in range(6)]
+    status, _, err, directory = runs["both"]
+    assert status == 0, err
+    reports = json.loads((directory / "new" / "report.json").read_text())
+    assert [report["checkpoint_step"] for report in reports] == [2, 4]
+    assert len(list((directory / "new" / "report_images").iterdir())) == 2
+    status, _, err, _ = runs["benchmark"]
+    assert status == 2 and "Did you mean 'geneval'?" in err
 
 
 def test_sampling_from_nothing_says_what_to_do(runs):

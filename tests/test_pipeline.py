@@ -1,14 +1,18 @@
 """From a checkpoint to pictures: what is drawn, and that it does not depend on where."""
 
+import contextlib
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
-from t2i_jax import pipeline, sharding
+from t2i_jax import options, pipeline, sharding
 from t2i_jax.data.prompts import Prompts
-from t2i_jax.diffusion import time
+from t2i_jax.diffusion import solvers, time
+from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
 from tests import tiny
 
@@ -33,32 +37,47 @@ def one(many):
 @pytest.fixture(scope="module")
 def images(one):
     """Three images, each drawn alone."""
-    return one.draw(PROMPTS, seed=5, batch_size=1)
+    return np.concatenate([one.draw([p], seed=5, numbers=[i]) for i, p in enumerate(PROMPTS)])
 
 
 def test_an_image_is_the_same_in_any_batch(one, images):
     assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
-    np.testing.assert_array_equal(one.draw(PROMPTS, seed=5, batch_size=3), images)
+    np.testing.assert_array_equal(one.draw(PROMPTS, seed=5), images)
+    np.testing.assert_array_equal(one.draw(PROMPTS[1:], seed=5, numbers=[1, 2]), images[1:])
     assert not np.array_equal(images[0], images[1])
-    repeated = one.draw([PROMPTS[0]] * 2, seed=5, batch_size=1)
+    repeated = one.draw([PROMPTS[0]] * 2, seed=5)
     np.testing.assert_array_equal(repeated[0], images[0])
     assert not np.array_equal(repeated[1], images[0])  # other noise
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_one_process_tells_of_prompts_that_are_cut(one, process, monkeypatch, caplog):
+def test_one_process_tells_of_prompts_that_are_cut_and_where(one, process, monkeypatch, caplog):
     monkeypatch.setattr("jax.process_index", lambda: process)
-    one._tell_cut(["a red ring", "a red ring " * 20])
-    assert caplog.text.count("Only 12 tokens are read of 'a red ring a") == (process == 0)
+    one._tell_cut(["a red ring", *["a red ring " * 1000] * 2, ""])
     assert len(caplog.records) == (process == 0)
+    if process == 0:
+        assert "A prompt of 11000 characters is cut: 12 tokens are read" in caplog.text
+        (told,) = caplog.records
+        _, _, read, lost = told.args
+        (count,) = one.prompts.read(["a red ring " * 1000])
+        assert ("a red ring " * 9)[:count].endswith(read) and read
+        assert ("a red ring " * 20)[count:].startswith(lost) and lost
 
 
-def test_an_image_is_the_same_on_eight_devices(many, one, images):
-    """To one step of a byte: sums over shards may round otherwise."""
+@pytest.mark.parametrize("prompt", ["🍎🍏 " * 3, "مرحبا بالعالم", "a\u0000b", "x" * 10_000, ""])
+def test_any_text_is_drawn(one, prompt):
+    (image,) = one.draw([prompt], steps=1)
+    assert image.shape == (16, 16, 3)
+
+
+def test_an_image_is_the_same_on_eight_devices_bit_by_bit(many, one):
+    """Its latents, too, in batches that are not full, and drawn by a stochastic solver."""
     shardings = jax.tree.map(lambda x: x.sharding, many.params)
-    there = many._replace(params=jax.device_put(one.params, shardings)).draw(PROMPTS, seed=5)
-    assert np.abs(there.astype(int) - images).max() <= 1
-    assert (there != images).mean() < 0.01
+    there = many._replace(params=jax.device_put(one.params, shardings))
+    for how in ({}, {"solver": "ancestral"}):
+        here = one.draw(PROMPTS, seed=5, decode=False, **how)
+        np.testing.assert_array_equal(there.draw(PROMPTS, seed=5, decode=False, **how), here)
+    assert here.dtype == np.float32 and here.shape == (3, 16, 16, 3)
 
 
 def test_an_image_is_eulers_path_from_its_own_noise(one, images):
@@ -84,15 +103,135 @@ def test_options(one, images):
     assert isinstance(picture, Image.Image)
     np.testing.assert_array_equal(picture, images[0])
     assert not np.array_equal(one.draw(PROMPTS[:1], seed=6)[0], images[0])
-    assert not np.array_equal(one.draw(PROMPTS[:1], seed=5, guidance=1)[0], images[0])
+    assert not np.array_equal(one.draw(PROMPTS[:1], seed=5, guidance_scale=1)[0], images[0])
     seen = []
-    one.draw([*PROMPTS, "one more"], batch_size=3, progress=seen.append)
-    assert seen == [3, 4]
+    one.draw([*PROMPTS, "one more"], batch_size=2, progress=seen.append)
+    assert seen == [2, 4]
+
+
+def test_images_of_several_prompts_come_prompt_by_prompt(one, capsys):
+    four = one(PROMPTS[:2], num_images=2, seed=5, progress=False)
+    assert len(four) == 4 and not capsys.readouterr().err
+    by_hand = one.draw([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, seed=5)
+    np.testing.assert_array_equal(np.stack(four), by_hand)
+
+
+def test_the_second_call_compiles_nothing(one):
+    one.draw(PROMPTS, seed=5)
+    with jax.log_compiles(True), compiled() as programs:
+        one.draw(["another prompt"], seed=7, guidance_scale=2.5)
+        one(PROMPTS, num_images=2, progress=False)
+        assert not programs
+        one.draw(PROMPTS[:1], steps=2)
+        assert any("draw" in name for name in programs)
+
+
+@contextlib.contextmanager
+def compiled():
+    """The messages of what is compiled meanwhile."""
+    found = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if "Compiling" in record.getMessage():
+                found.append(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_every_solver_draws(one, images, solver):
+    found = one.draw(PROMPTS[:1], seed=5, solver=solver, steps=4)
+    assert found.shape == (1, 16, 16, 3)
+    assert np.array_equal(found[0], one.draw(PROMPTS[:1], seed=5, steps=4)[0]) == (
+        solver == "euler"
+    )
+
+
+def test_a_negative_prompt_stands_in_the_place_of_the_empty_one(one, images):
+    """v_null + g (v - v_null) is v where both prompts are the same, whatever g."""
+    same = one.draw(PROMPTS[:1], negative_prompt=PROMPTS[0], guidance_scale=7.0, seed=5)
+    plain = one.draw(PROMPTS[:1], guidance_scale=1, seed=5)
+    assert np.abs(same.astype(int) - plain).max() <= 1
+    each = one.draw(PROMPTS, negative_prompt=["", PROMPTS[1], ""], seed=5)
+    np.testing.assert_array_equal(each[[0, 2]], images[[0, 2]])
+    assert not np.array_equal(each[1], images[1])
+    two = one(PROMPTS[:2], [PROMPTS[1], ""], num_images=2, progress=False)
+    one_by_one = one.draw([PROMPTS[0]] * 2, negative_prompt=PROMPTS[1])
+    np.testing.assert_array_equal(np.stack(two[:2]), one_by_one)
+
+
+def test_latents_go_out_and_come_back(one, images):
+    """Drawing starts from the noise of the image's number; here given by hand."""
+    keys = [jax.random.fold_in(jax.random.key(5), i) for i in range(3)]
+    noise = np.stack([jax.random.normal(key, (16, 16, 3)) for key in keys])
+    np.testing.assert_array_equal(one.draw(PROMPTS, latents=noise, seed=8), images)
+    latents = one.draw(PROMPTS, seed=5, decode=False)
+    decoded = np.clip(np.round((latents + 1) * 127.5), 0, 255)  # pixels are this model's latents
+    np.testing.assert_array_equal(decoded, images)
+
+
+def test_every_step_can_be_looked_at_and_changed(one, images):
+    seen = []
+    found = one.draw(PROMPTS, seed=5, callback=lambda *step: seen.append(step))
+    np.testing.assert_array_equal(found, images)
+    steps = one.config.sampling.steps
+    assert [number for number, _, _ in seen] == [*range(1, steps + 1)] * 3  # one image a batch
+    levels = time.sampling_sigmas(steps, one.config.flow.num_timesteps, one.config.flow.shift)
+    np.testing.assert_allclose([level for _, level, _ in seen], [*levels[1:]] * 3, rtol=1e-6)
+
+    def black(number, level, latents):
+        return np.full(latents.shape, -1.0) if number == steps else None
+
+    assert one.draw(PROMPTS[:1], seed=5, callback=black).max() == 0
+
+
+def test_an_image_to_start_from(one, images):
+    """Of all steps the last are taken, from (1 - t) x + t n."""
+    picture = Image.fromarray(images[0])
+    steps = one.config.sampling.steps
+    little = one.draw(PROMPTS[1:2], seed=5, image=picture, strength=1 / steps)[0].astype(int)
+    much = one.draw(PROMPTS[1:2], seed=5, image=picture, strength=1.0)[0].astype(int)
+    assert np.abs(little - images[0]).mean() < 0.7 * np.abs(much - images[0]).mean()
+    np.testing.assert_array_equal(much, one.draw(PROMPTS[1:2], seed=5)[0])  # t = 1: noise alone
+    levels = time.sampling_sigmas(steps, one.config.flow.num_timesteps, one.config.flow.shift)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(5), 0), (16, 16, 3))
+    begun = []
+    one.draw(
+        PROMPTS[1:2],
+        seed=5,
+        image=images[:1],
+        strength=2 / steps,
+        callback=lambda number, level, z: begun.append((number, level, np.asarray(z))),
+    )
+    assert [round(level, 5) for _, level, _ in begun] == [round(float(x), 5) for x in levels[-2:]]
+    x = images[0] / np.float32(127.5) - 1
+    z = (1 - levels[-3]) * x + levels[-3] * noise
+    assert np.abs(begun[0][2][0] - z).mean() < np.abs(begun[0][2][0] - noise).mean()
+    both = one.draw(PROMPTS[:2], seed=5, image=[picture, picture.resize((40, 20))], strength=0.5)
+    assert both.shape == (2, 16, 16, 3)
+
+
+def test_other_sizes_have_other_shifts(one):
+    found = one.draw(PROMPTS[:2], height=12, width=24, seed=5)
+    assert found.shape == (2, 12, 24, 3)
+    config = one.config
+    same = options.resolve(config, height=8, width=32)  # as many pixels
+    np.testing.assert_array_equal(same.levels, options.resolve(config).levels)
+    large = options.resolve(config, height=32, width=32)  # four times: twice the shift
+    flow, steps = config.flow, config.sampling.steps
+    expected = time.sampling_sigmas(steps, flow.num_timesteps, flow.shift, 2 * flow.shift)
+    np.testing.assert_allclose(large.levels, expected, rtol=1e-6)
 
 
 def test_guidance_says_nothing_about_the_empty_prompt(one):
-    plain = one.draw([""], seed=5, guidance=1).astype(int)
-    assert np.abs(one.draw([""], seed=5, guidance=9.0) - plain).max() <= 1
+    plain = one.draw([""], seed=5, guidance_scale=1).astype(int)
+    assert np.abs(one.draw([""], seed=5, guidance_scale=9.0) - plain).max() <= 1
 
 
 def test_the_instruction_goes_before_prompts_but_not_before_the_empty_one(one):
@@ -128,10 +267,53 @@ def test_the_average_is_the_default(trained, many):
     assert many.config.to_dict() == tiny.config(**tiny.WATCHED).to_dict()
 
 
-def test_what_cannot_be_drawn_is_refused(one, tmp_path):
-    with pytest.raises(ValueError, match="No prompts"):
-        one.draw([])
-    with pytest.raises(ValueError, match="steps = 1001"):
-        one.draw(PROMPTS, steps=1001)
+WRONG = {
+    "Prompts are one or more strings": {"prompts": []},
+    "Prompts are one or more strings, got 'a ring'": {"prompts": "a ring"},
+    "steps = 1001": {"steps": 1001},
+    "solver = 'unicp' is unknown; known: euler, .* Did you mean 'unipc'": {"solver": "unicp"},
+    "guidance = 'agp' is unknown; .* Did you mean 'apg'": {"guidance": "agp"},
+    "guidance = 3.0 is unknown": {"guidance": 3.0},
+    "guidance_scale = nan": {"guidance_scale": float("nan")},
+    "guidance_interval = .* two noise levels": {"guidance_interval": (0.8, 0.2)},
+    "height = 15: .* multiples of 4 pixels, .*; 12 and 16 are": {"height": 15},
+    "width = 0: .*; 4 and 8 are": {"width": 0},
+    "shift = -1": {"shift": -1.0},
+    "strength = 0": {"image": np.zeros((4, 4, 3), np.uint8), "strength": 0.0},
+    "An image is uint8": {"image": np.zeros((4, 4, 3))},
+    "2 images to start from, but 3": {"image": [np.zeros((4, 4, 3), np.uint8)] * 2},
+    "image and latents both": {"image": np.zeros((4, 4, 3), np.uint8), "latents": 0},
+    r"latents must be finite, of shape \(3, 16, 16, 3\)": {"latents": np.zeros((2, 16, 16, 3))},
+    "2 negative prompts for 3 images": {"negative_prompt": ["a", "b"]},
+    "numbers must be 3": {"numbers": [0, 1]},
+    "numbers must be 3, one a prompt, from 0": {"numbers": [0, 1, -1]},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_be_drawn_is_refused(one, message):
+    given = {"prompts": PROMPTS} | WRONG[message]
+    with pytest.raises(ConfigError, match=message):
+        one.draw(**given)
+
+
+def test_where_there_is_no_model(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="No checkpoint at"):
         Pipeline.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there are .*4|\['2', '4'\]"):
+        Pipeline.load(trained / "checkpoints" / "3")
+
+
+def test_weights_that_are_not_finite_are_refused(trained, monkeypatch):
+    """Whatever part of the model they are in."""
+    held = pipeline.as_held
+
+    def broken(params, *args):
+        held_params = held(params, *args)
+        bias = held_params["dit"]["out"]["bias"]
+        held_params["dit"]["out"]["bias"] = bias.at[0].set(np.nan)
+        return held_params
+
+    monkeypatch.setattr(pipeline, "as_held", broken)
+    with pytest.raises(ConfigError, match=r"not finite, in 1 of its arrays: params/dit/out/bias"):
+        Pipeline.load(trained)

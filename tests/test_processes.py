@@ -182,6 +182,16 @@ def test_what_fails_on_one_process_is_told_by_all(members):
         assert all("no such shard" in told for told in others)
 
 
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_features_are_made_by_the_process_that_holds_the_row(members, name):
+    """Of eleven items in batches of eight; the bad one is in the first row of the second batch."""
+    for held, found in zip(HELD[name]["fsdp"], members[name], strict=True):
+        features, prepared, told = found["features"]
+        assert features == [3.0 * i for i in range(11)]
+        assert prepared == [i for i in range(11) if str(i % 8) in held]
+        assert "a bad picture" in told and told.startswith("Stopped") == ("0" not in held)
+
+
 def test_a_run_of_two_processes_is_resumed_by_one(runs, tmp_path):
     workdir = tmp_path / "resumed"
     shutil.copytree(runs["two"], workdir)

@@ -1,7 +1,10 @@
 """The roll call, between threads: who is missing, who differs, who is none of the run."""
 
 from concurrent import futures
+import contextlib
+import errno
 import json
+import resource
 import socket
 import time
 
@@ -134,3 +137,54 @@ def test_who_leaves_again_is_missing_and_strangers_are_nobody(address):
 def test_no_address(address):
     with pytest.raises(ConfigError, match=r"HOST:PORT, not"):
         rollcall.split(address)
+
+
+def test_more_processes_than_a_shell_has_files_for(address):
+    """1,100 machines call; numbers of open files go beyond what select() can watch."""
+    count = 1101
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < 2 * count + 400:
+        pytest.skip("this machine allows too few open files for both ends of so many connections")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * count + 400, limits[1]))
+    try:
+        with futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+            leader = pool.submit(rollcall.meet, address, 0, count, {}, LONG)
+            host, port = rollcall.split(address)
+            calls = []
+            while len(calls) < count - 1:
+                try:
+                    call = stack.enter_context(socket.create_connection((host, port), LONG))
+                except ConnectionRefusedError:
+                    time.sleep(0.05)  # it does not listen yet
+                    continue
+                number = len(calls) + 1
+                card = {"process": number, "of": count, "host": f"w{number}", "left": LONG}
+                rollcall._send(call, {**card, "same": {}})
+                calls.append(call)
+            heard = [json.loads(list(c.makefile("rb"))[-1]) for c in calls[:3] + calls[-3:]]
+            hosts = leader.result()
+        assert len(hosts) == count and hosts[1100] == "w1100"
+        assert all(said["go"] and len(said["hosts"]) == count for said in heard)
+        assert calls[-1].fileno() == -1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_few_open_files_are_told_to_all(address, monkeypatch):
+    """An error of accept() is no traceback, and those who have called hear of it."""
+
+    def none_left(self):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    accept, calls = socket.socket.accept, []
+
+    def second_fails(self):
+        calls.append(self)
+        return accept(self) if len(calls) < 2 else none_left(self)
+
+    monkeypatch.setattr(socket.socket, "accept", second_fails)
+    errors = call_all(address, (0, 1, 2), 3, timeout=4)
+    assert all(isinstance(error, StartError) for error in errors.values())
+    assert "cannot hear more than 2 of 3 processes" in str(errors[0])
+    assert "ulimit -n 203" in str(errors[0])
+    assert sum("ulimit" in str(errors[p]) for p in (1, 2)) == 1

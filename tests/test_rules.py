@@ -61,6 +61,11 @@ CONTRADICTIONS = {
     "profile.start = 10 + profile.steps = 5 is more than train.steps = 14": {
         **{"profile__steps": 5, "train__steps": 14}
     },
+    "data.text_buckets = (64, 257) must be lengths from 2 to data.max_text_tokens = 256": {
+        "data__text_buckets": (64, 257)
+    },
+    "data.text_buckets = (1,) must be lengths from 2 to": {"data__text_buckets": (1,)},
+    "data.text_buckets = (64.0,) must be lengths from 2 to": {"data__text_buckets": (64.0,)},
     "data.add_generation_prompt = True, but data.chat_template = False": {
         "data__add_generation_prompt": True
     },
@@ -80,3 +85,7 @@ def test_clip_is_looked_at_only_where_it_is_used():
 
 def test_a_shared_soft_cap_is_no_contradiction():
     configs.validate(changed(llm__softcap=50.0, llm__softcap_shared=True), configs.base())
+
+
+def test_texts_may_be_cut_to_any_length_that_a_text_can_have():
+    configs.validate(changed(data__text_buckets=(2, 64, 256)), configs.base())

@@ -117,6 +117,10 @@ class Loader:
         rows = (self._maker.samples.fixed(index, self._square) for index in indices)
         return _joined([self._maker.arrays(rows, len(indices))])
 
+    def fixed_row(self, index: int) -> Row:
+        """One of `fixed_batch`, with its caption as it is."""
+        return self._maker.samples.fixed(index, self._square)
+
     def close(self) -> None:
         """Stops the threads and processes of all iterators."""
         for batches in list(self._open):

@@ -1,5 +1,6 @@
 """Captions to what the networks read of them: one rule for training and for sampling."""
 
+import bisect
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -74,6 +75,15 @@ class Prompts:
         (silent,) = self.tokenizer.rows([""])
         return [len(next(spoken) if text else silent) for text in texts]
 
-    def cut(self, captions: Sequence[str]) -> list[bool]:
-        """Which of the captions are longer than T tokens, so that their end is not read."""
-        return [count > self.length for count in self.counts(captions)]
+    def read(self, captions: Sequence[str]) -> list[int | None]:
+        """How many characters are read of each caption that is cut; None of the others."""
+
+        def fits(caption: str) -> int:
+            ends = range(len(caption) + 1)
+            return bisect.bisect(ends, self.length, key=lambda k: self.counts([caption[:k]])[0]) - 1
+
+        counts = self.counts(captions)
+        return [
+            fits(caption) if count > self.length else None
+            for caption, count in zip(captions, counts, strict=True)
+        ]

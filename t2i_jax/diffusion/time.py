@@ -15,6 +15,8 @@ N = 1000 levels, sigma' of 1, (N-1)/N, ..., 1/N, and
 from it. With shift = 1 both schedules are plain.)
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,11 @@ from t2i_jax.errors import ConfigError
 def shift_sigma(sigma, shift: float):
     """shift sigma / (1 + (shift - 1) sigma)."""
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def shift_for(shift: float, pixels: int, trained_pixels: int) -> float:
+    """The shift for images of another area than a model was trained on with `shift`."""
+    return shift * math.sqrt(pixels / trained_pixels)
 
 
 def training_sigmas(num_timesteps: int, shift: float) -> np.ndarray:
@@ -42,14 +49,18 @@ def sample_times(
     return jnp.asarray(training_sigmas(num_timesteps, shift))[index]
 
 
-def sampling_sigmas(steps: int, num_timesteps: int, shift: float) -> np.ndarray:
+def sampling_sigmas(
+    steps: int, num_timesteps: int, trained_shift: float, shift: float | None = None
+) -> np.ndarray:
     """The levels of a sampler, from noise to 0: float32 (steps + 1,).
+
+    Between the ends of the training levels, and shifted; by the training shift if not by `shift`.
 
     Raises ConfigError for steps outside 1..num_timesteps.
     """
     if not 1 <= steps <= num_timesteps:
         raise ConfigError(f"steps = {steps}: a sampler takes 1 to {num_timesteps} steps.")
-    levels = training_sigmas(num_timesteps, shift)
+    levels = training_sigmas(num_timesteps, trained_shift)
     sigma = np.linspace(levels[0] * num_timesteps, levels[-1] * num_timesteps, steps)
-    sigma = shift_sigma(sigma / num_timesteps, shift)
+    sigma = shift_sigma(sigma / num_timesteps, trained_shift if shift is None else shift)
     return np.append(sigma, 0.0).astype(np.float32)

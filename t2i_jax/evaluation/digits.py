@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from t2i_jax.data.digits import WORDS, Digits
-from t2i_jax.evaluation.scenes import wilson
+from t2i_jax.evaluation.intervals import proportion
 
 _SIDE = 8  # pixels a side that the classifier sees: those of the scans
 
@@ -42,12 +42,12 @@ def score(
     for digit, word in enumerate(WORDS):
         part = right[np.asarray(labels) == digit]
         if len(part):
-            interval = wilson(int(part.sum()), len(part))
-            fraction = float(part.mean())
-            categories[word] = {"fraction": fraction, "n": len(part), "interval": interval}
+            categories[word] = proportion(part)
+    whole = proportion(right)
     return {
-        "score": float(right.mean()),
-        "interval": wilson(int(right.sum()), len(right)),
+        "right": [bool(x) for x in right],
+        "score": whole["fraction"],
+        "interval": whole["interval"],
         "classifier": float(classifier.score(*real("validation"))),
         "categories": categories,
     }

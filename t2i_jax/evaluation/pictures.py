@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from t2i_jax.errors import ConfigError, MissingError
+
 GAP = 8  # pixels between cells, and around them
+_LINES = 6  # of a caption
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -34,7 +37,7 @@ def grid(
     columns = min(columns, len(images))
     letters = font(max(10, cell // 12))
     line = sum(letters.getmetrics()) + 1
-    texts = [wrap(caption, letters, cell) for caption in captions]
+    texts = [_shortened(wrap(caption, letters, cell)) for caption in captions]
     rows = range(0, len(images), columns)
     tops, y = [], GAP
     for row in rows:
@@ -50,6 +53,23 @@ def grid(
         for k, words in enumerate(text):
             draw.text((left, top + cell + 4 + k * line), words, fill=_INK, font=letters)
     return sheet
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    """At most _LINES of a caption."""
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], lines[_LINES - 1] + " ..."]
+
+
+def read(path: epath.PathLike) -> Image.Image:
+    """A picture from a file, in RGB. Raises MissingError for none, ConfigError for what is none."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise MissingError(f"{path}: no such picture.")
+    try:
+        with Image.open(io.BytesIO(file.read_bytes())) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path} is no picture that can be read: {error}.") from error
 
 
 def fit(image: np.ndarray, cell: int) -> Image.Image:

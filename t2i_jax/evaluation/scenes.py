@@ -26,6 +26,7 @@ from scipy import ndimage
 
 from t2i_jax.data import drawing
 from t2i_jax.data.scenes import CATEGORIES, Prompt
+from t2i_jax.evaluation.intervals import proportion
 
 _MAX_SIDE = 32  # larger pictures are reduced to this, smaller ones are read as they are
 _MIN_SIDE = 16
@@ -260,47 +261,35 @@ def check(image: np.ndarray, prompt: Prompt) -> bool:
     return False
 
 
-def wilson(passed: int, n: int) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion."""
-    if not n:
-        return 0.0, 1.0
-    z = 1.959964
-    share, spread = passed / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _summary(passes: Sequence[bool]) -> dict:
-    passed, n = int(sum(passes)), len(passes)
-    return {
-        "fraction": passed / n if n else float("nan"),
-        "passed": passed,
-        "n": n,
-        "interval": wilson(passed, n),
-    }
+def passes(images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[bool]:
+    """Which of the images satisfy their prompts. Raises ValueError for none, or unequal numbers."""
+    if len(images) != len(prompts) or not len(prompts):
+        raise ValueError(
+            f"a score needs one image for each prompt and at least one, got {len(images)} images "
+            f"and {len(prompts)} prompts"
+        )
+    return [check(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def score(images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict:
-    """How many of the images satisfy their prompts.
+    """How many of the images satisfy their prompts: `summary`. Raises as `passes`."""
+    return summary(passes(images, prompts), prompts)
+
+
+def summary(passed: Sequence[bool], prompts: Sequence[Prompt]) -> dict:
+    """What the images' passes come to.
 
     Returns `overall`, the mean over the categories present, as GenEval reports it; `micro`, of all
     images alike; and `categories`, of each that is present. These two give fraction, passed, n and
     Wilson's 95% interval of the fraction. `overall` is `micro`'s fraction only where the categories
     are equally frequent, as they are in the heldout split.
     """
-    if len(images) != len(prompts) or not len(prompts):
-        raise ValueError(
-            f"score needs one image for each prompt and at least one, got {len(images)} images "
-            f"and {len(prompts)} prompts"
-        )
-    passes = [check(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     groups = {
         category: [
-            ok for ok, prompt in zip(passes, prompts, strict=True) if prompt.category == category
+            ok for ok, prompt in zip(passed, prompts, strict=True) if prompt.category == category
         ]
         for category in CATEGORIES
     }
-    categories = {category: _summary(group) for category, group in groups.items() if group}
+    categories = {category: proportion(group) for category, group in groups.items() if group}
     overall = sum(group["fraction"] for group in categories.values()) / len(categories)
-    return {"overall": overall, "micro": _summary(passes), "categories": categories}
+    return {"overall": overall, "micro": proportion(passed), "categories": categories}

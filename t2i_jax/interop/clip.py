@@ -13,26 +13,36 @@ from t2i_jax.interop.safetensors import open_tensors
 from t2i_jax.models.clip import CLIPText
 
 _MODEL = "text_model."
-_LAYER = "text_model.encoder.layers.{L}."
+_LAYER = "encoder.layers.{L}."
+_BLOCKS = (  # of a layer of either encoder
+    Rule("blocks/attention_norm/weight", "layer_norm1.weight", "D -> D"),
+    Rule("blocks/attention_norm/bias", "layer_norm1.bias", "D -> D"),
+    Rule("blocks/q/weight", "self_attn.q_proj.weight", "NH D -> D N H"),
+    Rule("blocks/q/bias", "self_attn.q_proj.bias", "NH -> N H"),
+    Rule("blocks/k/weight", "self_attn.k_proj.weight", "NH D -> D N H"),
+    Rule("blocks/k/bias", "self_attn.k_proj.bias", "NH -> N H"),
+    Rule("blocks/v/weight", "self_attn.v_proj.weight", "NH D -> D N H"),
+    Rule("blocks/v/bias", "self_attn.v_proj.bias", "NH -> N H"),
+    Rule("blocks/attention_out/weight", "self_attn.out_proj.weight", "D NH -> N H D"),
+    Rule("blocks/attention_out/bias", "self_attn.out_proj.bias", "D -> D"),
+    Rule("blocks/mlp_norm/weight", "layer_norm2.weight", "D -> D"),
+    Rule("blocks/mlp_norm/bias", "layer_norm2.bias", "D -> D"),
+    Rule("blocks/mlp_up/weight", "mlp.fc1.weight", "F D -> D F"),
+    Rule("blocks/mlp_up/bias", "mlp.fc1.bias", "F -> F"),
+    Rule("blocks/mlp_down/weight", "mlp.fc2.weight", "D F -> F D"),
+    Rule("blocks/mlp_down/bias", "mlp.fc2.bias", "D -> D"),
+)
+
+
+def blocks(model: str) -> list[Rule]:
+    """Where the parameters of all layers are; `model` is 'text_model.' or 'vision_model.'."""
+    return [rule._replace(theirs=model + _LAYER + rule.theirs) for rule in _BLOCKS]
+
+
 CLIP = (
     Rule("embed/weight", "text_model.embeddings.token_embedding.weight", "V D -> V D"),
     Rule("positions", "text_model.embeddings.position_embedding.weight", "T D -> T D"),
-    Rule("blocks/attention_norm/weight", _LAYER + "layer_norm1.weight", "D -> D"),
-    Rule("blocks/attention_norm/bias", _LAYER + "layer_norm1.bias", "D -> D"),
-    Rule("blocks/q/weight", _LAYER + "self_attn.q_proj.weight", "NH D -> D N H"),
-    Rule("blocks/q/bias", _LAYER + "self_attn.q_proj.bias", "NH -> N H"),
-    Rule("blocks/k/weight", _LAYER + "self_attn.k_proj.weight", "NH D -> D N H"),
-    Rule("blocks/k/bias", _LAYER + "self_attn.k_proj.bias", "NH -> N H"),
-    Rule("blocks/v/weight", _LAYER + "self_attn.v_proj.weight", "NH D -> D N H"),
-    Rule("blocks/v/bias", _LAYER + "self_attn.v_proj.bias", "NH -> N H"),
-    Rule("blocks/attention_out/weight", _LAYER + "self_attn.out_proj.weight", "D NH -> N H D"),
-    Rule("blocks/attention_out/bias", _LAYER + "self_attn.out_proj.bias", "D -> D"),
-    Rule("blocks/mlp_norm/weight", _LAYER + "layer_norm2.weight", "D -> D"),
-    Rule("blocks/mlp_norm/bias", _LAYER + "layer_norm2.bias", "D -> D"),
-    Rule("blocks/mlp_up/weight", _LAYER + "mlp.fc1.weight", "F D -> D F"),
-    Rule("blocks/mlp_up/bias", _LAYER + "mlp.fc1.bias", "F -> F"),
-    Rule("blocks/mlp_down/weight", _LAYER + "mlp.fc2.weight", "D F -> F D"),
-    Rule("blocks/mlp_down/bias", _LAYER + "mlp.fc2.bias", "D -> D"),
+    *blocks(_MODEL),
     Rule("final_norm/weight", "text_model.final_layer_norm.weight", "D -> D"),
     Rule("final_norm/bias", "text_model.final_layer_norm.bias", "D -> D"),
     Rule("projection/weight", "text_projection.weight", "P D -> D P"),

@@ -19,6 +19,7 @@ _SD3 = "stabilityai/stable-diffusion-3-medium-diffusers --include "
 _SOURCES = {
     "autoencoder": _SD3 + '"vae/*"',
     "clip": _SD3 + '"text_encoder/*" "tokenizer/*"',
+    "clip_model": "openai/clip-vit-large-patch14",
     "transformer": "ooutlierr/fuse-dit",
 }
 _KINDS = ("llm", *_SOURCES)
@@ -36,8 +37,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def find_weights(path: epath.PathLike, kind: str) -> list[str]:
     """What keeps the weights at `path` from being loaded; [] where they are all there.
 
-    `kind` is 'llm', 'autoencoder', 'clip' or 'transformer', a published model's. Looks which files
-    there are; opens an index at most.
+    `kind` is 'llm', 'autoencoder', 'clip' (its text encoder), 'clip_model' (both of its encoders)
+    or 'transformer', a published model's. Looks which files there are; opens an index at most.
     """
     if kind not in _KINDS:
         raise ValueError(f"Unknown kind of weights {kind!r}; known: {list(_KINDS)}.")

@@ -1,10 +1,12 @@
-"""CLIP's text encoder with its projection: token ids -> one embedding of the whole prompt.
+"""CLIP's two encoders with their projections, prompt or picture -> one embedding of the whole.
 
-Radford et al., arXiv 2103.00020, as transformers' CLIPTextModelWithProjection has it: pre-norm
+Radford et al., arXiv 2103.00020, as transformers' CLIPModel has it. Text: token ids, pre-norm
 blocks under a causal mask, the final state at the first end-of-text token, projected. The padding
-behind that token is not masked, for the causal mask hides it from all that is read.
+behind that token is not masked, for the causal mask hides it from all that is read. Image: patches
+behind a class token, a norm, the same blocks without a mask, the class token's final state,
+projected.
 
-Shape letters as in layers.py; P projection width.
+Shape letters as in layers.py, H and W rows and columns of pixels; P projection width.
 """
 
 from collections.abc import Callable
@@ -45,13 +47,14 @@ class LayerNorm(nn.Module):
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm causal attention and MLP, all with biases."""
+    """Pre-norm attention and MLP, all with biases."""
 
     num_heads: int
     mlp_width: int
     activation: str
     norm_eps: float
     dtype: layers.Dtype
+    causal: bool
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -64,7 +67,8 @@ class CLIPBlock(nn.Module):
             return layers.Einsum("BTD,DNH->BTNH", shape, axes, name=name, **both)(h_BTD)
 
         h_BTD = LayerNorm(self.norm_eps, name="attention_norm")(x_BTD)
-        a_BTNH = attend(heads("q"), heads("k"), heads("v"), scale=head_width**-0.5, causal=True)
+        options = {"scale": head_width**-0.5, "causal": self.causal}
+        a_BTNH = attend(heads("q"), heads("k"), heads("v"), **options)
         shape, axes = (self.num_heads, head_width, width), ("heads", "head", "embed")
         x_BTD += layers.Einsum("BTNH,NHD->BTD", shape, axes, name="attention_out", **both)(a_BTNH)
 
@@ -97,16 +101,11 @@ class CLIPText(nn.Module):
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} must be a multiple of {self.num_heads} heads.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"Unknown activation {self.activation!r}; known: {list(ACTIVATIONS)}.")
+        _check(self)
         self.embed = layers.Embed(self.vocab_size, self.width, self.dtype)
         table = with_axes(nn.initializers.normal(0.01), (None, "embed"))
         self.positions = self.param("positions", table, (self.max_tokens, self.width))
-        self.blocks = layers.scan_layers(CLIPBlock, self.num_layers, ())(
-            self.num_heads, self.mlp_width, self.activation, self.norm_eps, self.dtype
-        )
+        self.blocks = _blocks(self, causal=True)
         self.final_norm = LayerNorm(self.norm_eps)
         if self.projection_width:
             shape, axes = (self.width, self.projection_width), ("embed", None)
@@ -126,3 +125,62 @@ class CLIPText(nn.Module):
         x_BD = jnp.take_along_axis(x_BTD, end_B11, axis=1)[:, 0]
         x_BD = self.final_norm(x_BD)
         return (self.projection(x_BD) if self.projection_width else x_BD).astype(jnp.float32)
+
+
+class CLIPVision(nn.Module):
+    """(B, H, W, 3) normalised pixels, H = W = image_size -> embeddings (B, P), float32."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    projection_width: int = 512  # P
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    dtype: layers.Dtype = jnp.float32
+
+    def setup(self):
+        _check(self)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"{self.image_size} pixels are no patches of {self.patch_size}.")
+        self.side = self.image_size // self.patch_size
+        shape = (self.patch_size, self.patch_size, 3, self.width)
+        axes = (None, None, None, "embed")
+        both = {"init": _INIT, "dtype": self.dtype}
+        self.patches = layers.Einsum("BIPQC,PQCD->BID", shape, axes, **both)
+        table = with_axes(nn.initializers.normal(0.01), (None, "embed"))
+        self.positions = self.param("positions", table, (1 + self.side**2, self.width))
+        normal = with_axes(nn.initializers.normal(0.01), ("norm",))
+        self.class_token = self.param("class_token", normal, (self.width,))
+        self.first_norm = LayerNorm(self.norm_eps)
+        self.blocks = _blocks(self, causal=False)
+        self.final_norm = LayerNorm(self.norm_eps)
+        shape, axes = (self.width, self.projection_width), ("embed", None)
+        self.projection = layers.Einsum("BD,DP->BP", shape, axes, **both)
+
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """Reads the pictures."""
+        chex.assert_shape(images_BHWC, (None, self.image_size, self.image_size, 3))
+        batch, side, patch = len(images_BHWC), self.side, self.patch_size
+        x = images_BHWC.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
+        x_BID = self.patches(x.reshape(batch, side**2, patch, patch, 3))
+        first_B1D = jnp.broadcast_to(self.class_token.astype(self.dtype), (batch, 1, self.width))
+        x_BID = jnp.concatenate([first_B1D, x_BID], axis=1) + self.positions.astype(self.dtype)
+        x_BID = constrain(self.first_norm(x_BID).astype(self.dtype), "batch", "image", None)
+        x_BID, _ = self.blocks(x_BID)
+        return self.projection(self.final_norm(x_BID[:, 0])).astype(jnp.float32)
+
+
+def _check(encoder: CLIPText | CLIPVision) -> None:
+    if encoder.width % encoder.num_heads:
+        raise ValueError(f"width {encoder.width} must be a multiple of {encoder.num_heads} heads.")
+    if encoder.activation not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation {encoder.activation!r}; known: {list(ACTIVATIONS)}.")
+
+
+def _blocks(encoder: CLIPText | CLIPVision, *, causal: bool) -> nn.Module:
+    fields = ("num_heads", "mlp_width", "activation", "norm_eps", "dtype")
+    options = {name: getattr(encoder, name) for name in fields}
+    return layers.scan_layers(CLIPBlock, encoder.num_layers, ())(**options, causal=causal)

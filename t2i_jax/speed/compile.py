@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from t2i_jax import build, flops, machines, plan, sampler, sharding
+from t2i_jax import build, flops, machines, options, plan, sampler, sharding
 from t2i_jax.models.autoencoder import Autoencoder
 from t2i_jax.speed import advice, hlo, ideal
 from t2i_jax.training import program, step
@@ -107,22 +107,22 @@ def sample(config: ConfigDict, topology: str) -> Report:
     config.lora.rank = 0
     machine, mesh = _machine(config, topology)
     shards = sharding.batch_shards(mesh)
-    batch, steps = -(-config.sampling.batch_size // shards) * shards, config.sampling.steps
-    guided = config.sampling.guidance != 1
-    sampler_ = sampler.make(config, build.make_autoencoder(config), guided=guided)
-    arguments = sampler.abstract_arguments(config, mesh, batch, steps)
+    batch, chosen = -(-config.sampling.batch_size // shards) * shards, options.resolve(config)
+    sampler_ = sampler.make(config, build.make_autoencoder(config), chosen)
+    arguments = sampler.abstract_arguments(config, mesh, chosen, batch)
     weights, text = arguments["weights"], arguments["text"]
     memory = {
         "parameters": sharding.bytes_per_device(weights["params"]),
         "frozen": sharding.bytes_per_device(weights["frozen"]),
         "batch": sharding.bytes_per_device(text),
     }
+    how = {"batch_size": batch, "steps": config.sampling.steps}
     return _report(
-        Job("sample", config, topology, machine, mesh, {"batch_size": batch, "steps": steps}),
+        Job("sample", config, topology, machine, mesh, how),
         lambda: sampler.draw.lower(sampler_, *arguments.values()),
         memory,
-        ideal.sample(arguments, steps, mesh, guided=guided),
-        flops.sample(config, batch, steps, guided=guided),
+        ideal.sample(arguments, chosen.evaluations, mesh, guided=chosen.guided > 0),
+        flops.sample(config, batch, chosen.evaluations, chosen.guided),
     )
 
 

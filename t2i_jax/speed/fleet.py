@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 _FOUR = (("sampling.batch_size", 4),)  # images at once: 8 rows with guidance
 # Where each config's own dit.remat, "products", is compared with the others.
-_POLICIES = ((_FLAGSHIP, "v4-256"), (_LARGE, "v4-256"), ("configs/lora_2b.py", "colab-v5e"))
+_POLICIES = ((_FLAGSHIP, "v4-256"), ("configs/lora_2b.py", "colab-v5e"))
 ROWS = (
     *(Row(config, pod) for pod in PODS for config in _TRAINED),
     *(Row(_FLAGSHIP, chip) for chip in CHIPS),
@@ -162,7 +162,9 @@ def table(reports: dict[str, Any]) -> str:
             lines += ["", _instead(row, reports[row.name])]
     made = {tuple(reports[row.name]["made_with"].items()) for row in there}
     words = [", ".join(f"{name} {value}" for name, value in one) for one in sorted(made)]
-    return "\n".join([*lines, "", f"Made with {'; '.join(words)}."] if made else lines)
+    if words:
+        lines += ["", f"Made with {'; '.join(words)}."]
+    return "\n".join(lines)
 
 
 def _instead(row: Row, report: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ that it is used in: in a training step,
                                     the backward pass runs
 
 and for a trained vector, which is whole everywhere, 2 (D F - 1) / (D F) of its float32 gradient. To
-draw, the DiT is gathered at every step, and what is frozen once for the prompts and once for the
-null prompt. Bytes are by kind of collective.
+draw, the DiT is gathered at every evaluation, and what is frozen once for the prompts and once for
+the null prompt. Bytes are by kind of collective.
 """
 
 from collections import Counter
@@ -53,7 +53,7 @@ def train_step(config: ConfigDict, arguments: dict[str, Any], mesh: Mesh) -> dic
 
 
 def sample(
-    arguments: dict[str, Any], steps: int, mesh: Mesh, *, guided: bool = True
+    arguments: dict[str, Any], evaluations: int, mesh: Mesh, *, guided: bool = True
 ) -> dict[str, float]:
     """Bytes that a device must receive to draw, with these abstract arguments of sampler.draw."""
     weights = arguments["weights"]
@@ -61,7 +61,7 @@ def sample(
     if guided:
         out.update(_reading(weights["frozen"], arguments["null"], mesh))
     for name, part in weights["params"].items():
-        out["all-gather"] += _gathered(part, mesh) * (steps if name == "dit" else 1 + guided)
+        out["all-gather"] += _gathered(part, mesh) * (evaluations if name == "dit" else 1 + guided)
     return dict(out)
 
 

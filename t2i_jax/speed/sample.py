@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from t2i_jax import build, flops, sampler, sharding
-from t2i_jax.diffusion import time
+from t2i_jax import build, flops, options, sampler, sharding
 from t2i_jax.errors import ConfigError
 from t2i_jax.models.fusion import TextToImageModel
 from t2i_jax.models.memory import TextMemory
@@ -68,26 +67,28 @@ def measure(
     shards = sharding.batch_shards(mesh)
     if size % shards:
         raise ConfigError(f"--batch_size={size} must be a multiple of the {shards} shards.")
-    guided = config.sampling.guidance != 1
+    chosen = options.resolve(config, steps=steps)
     with jax.set_mesh(mesh):
-        programs = compiled(config, mesh, size, steps, recompute=recompute)
+        programs = compiled(config, mesh, size, chosen, recompute=recompute)
         ways = {name: functools.partial(run, *given) for name, (run, given) in programs.items()}
         times = timing.in_turns(ways, rounds)
-    work = sum(flops.sample(config, size, steps, guided=guided).values())
+    evaluations, guided = chosen.evaluations, chosen.guided
+    work = sum(flops.sample(config, size, evaluations, guided).values())
     found = {
         "what": "sample",
         "config": config.name,
         **rates.place(mesh),
         "batch_size": size,
         "steps": steps,
-        "guided": guided,
+        "solver": chosen.solver,
+        "guided": guided > 0,
         "dtype": config.train.dtype,
         **rates.of(times["cached"], size, work, mesh.size),
         **rates.memory(programs["cached"][0]),
     }
     if recompute:
         text = flops.forward(config)["llm"]
-        more = work + text * (size * steps * (1 + guided) - size - guided)
+        more = work + text * (size * (evaluations + guided) - size - (guided > 0))
         found["recomputed"] = {
             **rates.of(times["recomputed"], size, more, mesh.size),
             "ratio": round(timing.ratio(times["recomputed"], times["cached"]), 4),
@@ -97,12 +98,11 @@ def measure(
 
 
 def compiled(
-    config: ConfigDict, mesh: Any, size: int, steps: int, *, recompute: bool
+    config: ConfigDict, mesh: Any, size: int, chosen: options.Options, *, recompute: bool
 ) -> dict[str, tuple[Any, list[Any]]]:
     """{'cached': (program, its arguments)}, and 'recomputed' where asked for."""
-    guided = config.sampling.guidance != 1
-    own = sampler.make(config, build.make_autoencoder(config), guided=guided)
-    arguments = _arguments(config, mesh, size, steps)
+    own = sampler.make(config, build.make_autoencoder(config), chosen)
+    arguments = _arguments(config, mesh, size, chosen)
     given = {"cached": (own, arguments)}
     if recompute:
         other = own._replace(model=Recomputing(own.model))
@@ -113,17 +113,15 @@ def compiled(
     }
 
 
-def _arguments(config: ConfigDict, mesh: Any, size: int, steps: int) -> dict[str, Any]:
+def _arguments(config: ConfigDict, mesh: Any, size: int, chosen: options.Options) -> dict[str, Any]:
     """What the program takes, behind the sampler."""
-    abstract = sampler.abstract_arguments(config, mesh, size, steps)
+    abstract = sampler.abstract_arguments(config, mesh, chosen, size)
     everywhere = sharding.replicated(mesh)
-    known = {
-        "index_B": np.arange(size, dtype=np.int32),
-        "sigmas": time.sampling_sigmas(steps, config.flow.num_timesteps, config.flow.shift),
-        "guidance": np.float32(config.sampling.guidance),
-    }
-    made = {"key": jax.device_put(jax.random.key(0), everywhere)}
-    made |= {name: sharding.put(value, everywhere) for name, value in known.items()}
+    key = jax.device_put(jax.random.key(0), everywhere)
+    number_B, rows = sharding.put(
+        (np.arange(size, dtype=np.int32), sampler.table(chosen)), everywhere
+    )
+    made = {"start": sampler.Start(key, number_B), "rows": rows}
     rest = {name: x for name, x in abstract.items() if name not in made}
     vocabulary = min(config.llm.vocab_size, config.clip.vocab_size)
     made |= synthetic.like(rest, vocabulary)

@@ -20,29 +20,46 @@ def sweep(
     latents: bool = False,
     tell: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """{'rows': a report for each policy and batch, 'largest': by policy, of the batches that fit}.
+    """{'rows': all reports, 'largest': by policy, of the batches that fit, 'most': tried at all}.
 
-    Policies come in the order of what they keep, the most first, none in the host's memory; a
-    batch is doubled until it does not fit, and what fits one policy is taken to fit the next.
-    `train.accumulation` is 1: of more rows than fit, make microbatches. `tell` is called with a
-    line about each. Raises ConfigError as `compile.train`.
+    Policies come in the order of what they keep, the most first, none in the host's memory. Rows a
+    device are doubled, from what fitted the policy before, until they do not fit, and then halved
+    in between: the largest number that fits, at most `MOST`. `train.accumulation` is 1: of more
+    rows than fit, make microbatches. `tell` is called with a line about each. Raises ConfigError
+    as `compile.train`.
     """
-    rows, largest, best, each = [], {}, 0, 1
+    rows, largest, start = [], {}, 1
     shards = compiler.shards(config, topology)
     for policy in (name for name in REMAT_POLICIES if name != "offload"):
-        while each <= MOST:
-            changed = config.copy_and_resolve_references().unlock()
-            changed.dit.remat, changed.train.accumulation = policy, 1
+        changed = config.copy_and_resolve_references().unlock()
+        changed.dit.remat, changed.train.accumulation = policy, 1
+
+        def fits(each: int, changed: ConfigDict = changed) -> bool:
             changed.train.batch_size = each * shards
             report = compiler.train(changed, topology, latents=latents)
             rows.append(report)
             tell(line(report, each))
-            if not report["fits"]:
-                break
-            best, each = each, 2 * each
-        if best:
-            largest[policy] = best * shards
-    return {"rows": rows, "largest": largest}
+            return report["fits"]
+
+        most = _largest(fits, start)
+        if most:
+            largest[policy], start = most * shards, most
+    return {"rows": rows, "largest": largest, "most": MOST * shards}
+
+
+def _largest(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number from 1 to MOST that fits, tried from `start`; 0 if none does."""
+    low, each = 0, start
+    while fits(each):
+        low = each
+        if each == MOST:
+            return MOST
+        each = min(2 * each, MOST)
+    high = each
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def line(report: dict[str, Any], each: int) -> str:
@@ -60,6 +77,8 @@ def describe(found: dict[str, Any]) -> str:
     """What to take from a sweep."""
     if not found["largest"]:
         return "Nothing fits, not even one image a device: this needs more devices."
+    most = found["most"]
     return "The largest batch that fits:\n" + "\n".join(
-        f"  {policy:<9} {batch}" for policy, batch in found["largest"].items()
+        f"  {policy:<9} {'at least ' if batch == most else ''}{batch}"
+        for policy, batch in found["largest"].items()
     )

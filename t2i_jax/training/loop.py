@@ -29,8 +29,9 @@ from t2i_jax.training import pretrain, profile, program, state, wandb_log
 from t2i_jax.training import workdir as workdirs
 from t2i_jax.training.feed import feed
 from t2i_jax.training.guard import Guard
+from t2i_jax.training.held_out import validation_samples
 from t2i_jax.training.parts import Parts
-from t2i_jax.training.watch import NonFiniteError, Watch, validation_samples
+from t2i_jax.training.watch import NonFiniteError, Watch
 
 _LOST = str(Cause.UNREADABLE)
 _SHOWN = 10  # damaged files that a message names
@@ -296,6 +297,9 @@ def _run(parts: Parts, saved: checkpoint.Checkpoints, guard: Guard) -> state.Tra
             if _due(number, config.sampling.every, last):
                 with apart("drawing"):
                     watch.draw(number, current)
+            if _due(number, config.evaluation.every, last):
+                with apart("evaluation"):
+                    watch.evaluate(number, current)
             saved.check()
             stop = guard.asked if alone else watch.asked
             if stop or _due(number, config.checkpoint.every, last):

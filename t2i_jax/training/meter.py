@@ -28,7 +28,11 @@ FILE = "speed.jsonl"
 
 
 class Meter:
-    """Counts the time of the steps after the first, which compiles."""
+    """Counts the time of the steps after the first, which compiles.
+
+    Attributes:
+      work: FLOPs of a device for a step on the batch that was handed out last.
+    """
 
     def __init__(
         self, config: ConfigDict, devices: int, clock: Callable[[], float] = time.perf_counter
@@ -37,7 +41,8 @@ class Meter:
         chip = machines.chip_of(jax.devices()[0].device_kind)
         self._peak = chip.peak if chip else None
         self._work: dict[tuple[int, bool], float] = {}  # by length of texts and kind of batch
-        self._steps, self._flops, self._next = 0, 0.0, 0.0
+        self.work = 0.0
+        self._steps, self._flops = 0, 0.0
         self._begun: float | None = None
         self._waited = 0.0
         self._pauses: defaultdict[str, float] = defaultdict(float)
@@ -53,7 +58,7 @@ class Meter:
             except StopIteration:
                 return
             self._waited += self._clock() - start
-            self._next = self._flops_of(batch.arrays)
+            self.work = self._flops_of(batch.arrays)
             yield batch
 
     def _flops_of(self, arrays: Mapping[str, Any]) -> float:
@@ -73,13 +78,16 @@ class Meter:
         finally:
             self._pauses[name] += self._clock() - start
 
-    def step(self) -> None:
-        """A step is done; the first one begins the count."""
+    def step(self, work: float) -> None:
+        """A step of that `work` is done; the first one begins the count.
+
+        The next batch has been handed out by then, so `work` is kept from when this one's was.
+        """
         if self._begun is None:
             self._begin()
         else:
             self._steps += 1
-            self._flops += self._next
+            self._flops += work
 
     def read(self) -> dict[str, float]:
         """The line of the steps since the last one; {} where there are none."""

@@ -5,16 +5,15 @@ import math
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 
 from t2i_jax import sharding
-from t2i_jax.data import loader, sources
 from t2i_jax.data.samples import Fault
 from t2i_jax.errors import UserError
 from t2i_jax.evaluation import pictures
 from t2i_jax.progress import Progress
-from t2i_jax.training import faults, state
+from t2i_jax.training import faults, held_out, state
+from t2i_jax.training.exam import Exam
 from t2i_jax.training.meter import Meter
 from t2i_jax.training.metrics import MetricWriter, read_metrics
 from t2i_jax.training.parts import Parts
@@ -38,7 +37,7 @@ class Watch:
         self._parts, config = parts, parts.config
         self._goodput = goodput
         self.asked = False
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, float] | None = None
         self._shown: dict[str, float] = {}
         self._main = jax.process_index() == 0
         self._writer = _writer(parts, start) if self._main else None
@@ -49,20 +48,21 @@ class Watch:
         self._bad = faults.FaultCount(rate, batch_size, faults.count(parts.workdir, start))
         hosts = jax.process_index(), jax.process_count()
         self._faults = faults.FaultLog(parts.workdir, *hosts, start)
+        self._exam = Exam(parts)
         self._tells = sharding.tells_rows(parts.mesh)  # and no other host the same bad samples
         self._faults.add(0, (*parts.damage, *parts.train_loader.left_out))
 
     def dispatched(self, number: int, metrics: Any, bad: tuple[Fault, ...]) -> None:
         """A step is under way: looks at the one before it."""
         self.settle()
-        self._pending = (number, metrics)
+        self._pending = (number, metrics, self.meter.work)
         self._tell(number, bad)
 
     def settle(self) -> None:
         """Waits for the pending step. Raises NonFiniteError where it is not finite."""
         if self._pending is None:
             return
-        number, metrics = self._pending
+        number, metrics, work = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)
         bad_C = metrics.pop("bad")
@@ -77,7 +77,7 @@ class Watch:
                 "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data."
             )
         self._count(number, bad_C)
-        self.meter.step()
+        self.meter.step(work)
         config = self._parts.config.train
         if number % config.log_every == 0 or number == config.steps:
             self._write(number, values | self._bad.metrics())
@@ -107,7 +107,7 @@ class Watch:
         programs, fixed = parts.programs, parts.pipeline.frozen
         key = jax.random.fold_in(jax.random.key(config.seed), state.Stream.VALIDATION)
         losses, rows = [], []
-        for i, batch in enumerate(_validation_batches(parts)):
+        for i, batch in enumerate(held_out.batches(parts)):
             self._tell(number, batch.faults)
             arrays = sharding.shard_batch(batch.arrays, parts.mesh)
             rng = jax.random.fold_in(key, i)
@@ -131,6 +131,12 @@ class Watch:
             picture = np.asarray(pictures.grid(images, prompts, columns=min(4, len(prompts))))
             path = self._parts.workdir / "samples" / f"step_{number:07d}.png"
             self._writer.image(number, "samples", picture, path)
+
+    def evaluate(self, number: int, current: state.TrainState) -> None:
+        """Scores of the averaged weights (exam.py)."""
+        self.settle()
+        values = self._exam(self._parts.pipeline._replace(params=current.ema))
+        self._write(number, values)
 
     def flush(self) -> None:
         """What was told so far is stored after it, as what a checkpoint stands on has to be."""
@@ -180,30 +186,3 @@ def _numbers(metrics: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}_{i:02d}", float(x)) for i, x in enumerate(value))
         else:
             yield name, float(value)
-
-
-def validation_sizes(count: int, batch_size: int, shards: int) -> list[int]:
-    """Rows of the validation batches: full ones, and a last one that divides over the shards."""
-    full = batch_size - batch_size % shards
-    rest = count % full - count % full % shards
-    return [full] * (count // full) + [rest] * (rest > 0)
-
-
-def validation_samples(config: ConfigDict, source: sources.Mixture) -> list[int]:
-    """The held-out samples that are looked at: all; of stored latents, those of the square."""
-    if not config.data.buckets or not source.stored:
-        return list(range(len(source)))
-    return [i for i in range(len(source)) if set(source.size(i)) == {config.data.image_size}]
-
-
-def _validation_batches(parts: Parts) -> Iterator[loader.Batch]:
-    """The held-out samples in order, this process's rows of each batch."""
-    config, source = parts.config, parts.validation_source
-    data = config.data.copy_and_resolve_references().unlock()
-    data.buckets = ()  # all are of the square
-    held_out = loader.Loader(source, parts.pipeline.prompts, data, 1, config.seed)
-    samples = validation_samples(config, source)
-    shards = sharding.batch_shards(parts.mesh)
-    for size in validation_sizes(len(samples), config.train.batch_size, shards):
-        yield held_out.fixed_batch([samples[r] for r in sharding.local_rows(parts.mesh, size)])
-        samples = samples[size:]

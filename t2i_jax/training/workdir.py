@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "validation.",
     "sampling.",
+    "evaluation.",
     "mesh.",
 )
 

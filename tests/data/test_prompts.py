@@ -63,15 +63,20 @@ def test_the_template_is_around_instruction_and_caption(tokenizer, generation, i
         assert ids[mask].tolist() == row and (ids[~mask] == tokenizer.pad_id).all()
 
 
-def test_which_captions_are_cut(tokenizer):
+def test_where_captions_are_cut(tokenizer):
     for options in ({"instruction": "draw "}, {"chat_template": True}):
         prompts = make(tokenizer, **options)
         captions = ["", "a", *("a" * n for n in range(2, 30)), "a red ring " * 9]
         longer = make(tokenizer, **options)
         longer.length += 1
         full = longer.encode(captions)["mask"].all(axis=1)
-        assert prompts.cut(captions) == full.tolist()
+        read = prompts.read(captions)
+        assert [k is not None for k in read] == full.tolist()
         assert not full[1] and full[-1]
+        for caption, k in zip(captions, read, strict=True):
+            if k is not None:  # as many characters as still fit
+                assert prompts.counts([caption[:k]])[0] <= prompts.length
+                assert prompts.counts([caption[: k + 1]])[0] > prompts.length
 
 
 def test_clip_reads_the_instruction_and_no_template(tokenizer, tmp_path):

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from t2i_jax.data import drawing
 from t2i_jax.data.scenes import CATEGORIES, Prompt, Scenes
-from t2i_jax.evaluation import scenes as evaluation
+from t2i_jax.evaluation import intervals
 from t2i_jax.evaluation.scenes import check, detect, score
 
 
@@ -204,7 +204,7 @@ def test_the_report():
     assert report["overall"] == pytest.approx(np.mean([group["fraction"] for group in groups]))
     # Wilson's interval for 9 of 10, from its closed form.
     assert single["interval"] == pytest.approx((0.5958, 0.9821), abs=1e-4)
-    assert evaluation.wilson(0, 5) == pytest.approx((0.0, 0.4345), abs=1e-4)
+    assert intervals.wilson(0, 5) == pytest.approx((0.0, 0.4345), abs=1e-4)
     only = score(images[3:4], prompts[3:4])
     assert list(only["categories"]) == ["colors"] and only["overall"] == 1.0
 

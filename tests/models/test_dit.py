@@ -292,6 +292,7 @@ def test_remat_changes_what_is_recomputed_and_nothing_else():
         more, same = gradient(policy)
         tiny.close(same, grads)
         assert more == products + again, policy
+    tiny.close(gradient("offload")[1], grads)
 
 
 def test_at_first_the_velocity_is_zero_and_blocks_are_the_identity():

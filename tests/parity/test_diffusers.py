@@ -25,9 +25,10 @@ def modules_cache(tmp_path_factory):
         yield
 
 
-def noise(config, count, seed):
-    """The initial noise that our pipeline takes: (B, H, W, C)."""
+def noise(config, count, seed, size=None):
+    """The initial noise that our pipeline takes: (B, H, W, C), of latents of a size."""
     key, shape = jax.random.key(seed), build.latent_shape(config)
+    shape = (*(size or shape[:2]), shape[2])
     each = [jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(count)]
     return np.stack(each)
 
@@ -79,15 +80,23 @@ def test_the_pipeline_in_torch(tmp_path):
     folder = convert.write(model, tmp_path / "out", "diffusers", "float32")
     ours, pipe = Pipeline.load(folder), in_torch(folder)
     latents = noise(ours.config, len(PROMPTS), 0)
-    for options in ({"guidance": 1.0}, {"guidance": 5.0, "steps": 7}):
+    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 5.0, "steps": 7}):
         theirs = {"num_inference_steps": options.get("steps")}
-        drawn = draw(pipe, latents, guidance_scale=options["guidance"], **theirs)
+        drawn = draw(pipe, latents, guidance_scale=options["guidance_scale"], **theirs)
         assert np.abs(drawn - ours.draw(PROMPTS, seed=0, **options)).max() <= 1
     default = draw(pipe, latents)
     other = draw(pipe, latents, negative_prompt="two blue ring")
     assert np.abs(default - other).max() > 1
+    assert np.abs(other - ours.draw(PROMPTS, negative_prompt="two blue ring")).max() <= 1
     each = draw(pipe, latents, negative_prompt=["two blue ring", "", "two blue ring"])
     assert np.abs(each - np.where([[[[True]]], [[[False]]], [[[True]]]], other, default)).max() <= 1
+    wide = noise(ours.config, len(PROMPTS), 0, (4, 16))
+    drawn = draw(pipe, wide, height=32, width=128)
+    assert np.abs(drawn - ours.draw(PROMPTS, height=32, width=128)).max() <= 1
+    large = noise(ours.config, len(PROMPTS), 0, (12, 8))
+    drawn = draw(pipe, large, height=96, width=64)
+    assert np.abs(drawn - ours.draw(PROMPTS, height=96, width=64)).max() <= 1
+    assert np.abs(draw(pipe, latents) - default).max() == 0  # sizes leave nothing behind
     with pytest.raises(ValueError, match="2 negative prompts for 3 images"):
         draw(pipe, latents, negative_prompt=["a", "b"])
 

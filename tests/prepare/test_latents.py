@@ -18,7 +18,7 @@ from t2i_jax.data.prompts import Prompts
 from t2i_jax.data.tokenizer import Tokenizer
 from t2i_jax.errors import ConfigError
 from t2i_jax.prepare import latents as encoding
-from t2i_jax.training import step, watch
+from t2i_jax.training import held_out, step
 from tests import toys
 
 NAME, COUNT = "ablations/baseline", 21
@@ -165,9 +165,9 @@ def test_buckets_are_encoded_in_their_shapes(folder, tmp_path):
     for number in range(4):  # larger than a bucket: none is given to another
         height, width = large.shape(number)
         assert large.batch(number).arrays["moments"].shape == (16, height // 8, width // 8, 8)
-    held_out = sources.make_source(stored_config(folder, out, **shapes), "validation")
-    looked_at = watch.validation_samples(c, held_out)
-    assert [held_out.size(i) for i in looked_at] == [(64, 64)] * 2 and len(held_out) == 4
+    stored = sources.make_source(stored_config(folder, out, **shapes), "validation")
+    looked_at = held_out.validation_samples(c, stored)
+    assert [stored.size(i) for i in looked_at] == [(64, 64)] * 2 and len(stored) == 4
 
 
 def test_latents_of_other_settings_are_refused(folder, encoded, tmp_path):

@@ -163,3 +163,23 @@ def test_the_largest_arrays_and_where_they_come_from():
     ((array, _, _),) = program.largest(1)
     assert array.shape in ((6, 64, 64), (6, 128, 64)) and array.bytes == 4 * 6 * 64 * array.shape[1]
     assert any("t2i_jax/sharding.py:" in line for _, _, line in program.largest(6))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scores_and_masks_are_found_where_they_are_in_memory(dtype):
+    """Attention that is written out has them, of 24 queries by 40 keys; what is summed has not."""
+
+    def attention(q, k, v, lengths):
+        seen = jnp.arange(40) < lengths[:, None, None]
+        scores = jnp.where(seen, jnp.einsum("bid,bjd->bij", q, k), -1e9)
+        return jnp.einsum(
+            "bij,bjd->bid", jax.nn.softmax(scores.astype(jnp.float32)).astype(dtype), v
+        )
+
+    shapes = [(2, 24, 8), (2, 40, 8), (2, 40, 8)]
+    given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    given.append(jax.ShapeDtypeStruct((2,), jnp.int32))
+    program = hlo.Program(jax.jit(attention).lower(*given).compile().as_text())
+    found = program.across([(24, 40)])
+    assert found and all({24, 40} <= set(array.shape) for array, _, _ in found)
+    assert program.across([(24, 41), (40, 40)]) == []

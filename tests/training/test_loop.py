@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -10,12 +11,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from t2i_jax import checkpoint, frozen
+from t2i_jax import build, checkpoint, frozen
 from t2i_jax import config as configs
 from t2i_jax.data import loader, sources
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training import loop, state, step, watch, workdir
+from t2i_jax.training import held_out, loop, program, state, step, workdir
 from t2i_jax.training.metrics import read_metrics
 from t2i_jax.training.watchdog import Watchdog
 from tests import tiny
@@ -80,7 +81,7 @@ def test_the_validation_loss_is_of_the_average_on_the_held_out_samples(trained):
     ],
 )
 def test_validation_leaves_out_what_does_not_divide(count, batch_size, shards, sizes):
-    assert watch.validation_sizes(count, batch_size, shards) == sizes
+    assert held_out.validation_sizes(count, batch_size, shards) == sizes
 
 
 def test_a_finished_run_has_nothing_to_do(trained):
@@ -230,3 +231,74 @@ def test_norms_of_the_blocks_are_numbers_of_their_own(trained):
             assert math.hypot(*blocks) < entry[name]
             assert entry["step"] == 1 or min(blocks) > 0  # AdaLN-Zero: no gradient at first
         assert not any("/block" in key for key in entry)
+
+
+LONGEST = (33, 30, 35)  # tokens of the batches of the three steps, by the tokenizer of this run
+ROWS = 2  # of a device
+MLP = rf"f32\[{ROWS},(\d+),{tiny.LLM['mlp_width']}\]"  # the only arrays of this width
+
+
+def random_params(config, mesh, like):
+    """All of them nonzero, so that the loss of the first step depends on the text already."""
+    params = tiny.params(build.model(config))
+    trained = {name: params[name] for name in like}
+    return jax.device_put(trained, jax.tree.map(lambda x: x.sharding, like))
+
+
+class Programs:
+    """Stands for the step of a run: compiles it for each length, and notes what is run.
+
+    Attributes:
+      run: of every step (lengths of the LLM's arrays, FLOPs) in the program.
+    """
+
+    def __init__(self, train_step):
+        self._train_step, self._compiled, self.run = train_step, {}, []
+
+    def __call__(self, *args):
+        shape = args[2]["ids"].shape
+        if shape not in self._compiled:
+            self._compiled[shape] = self._train_step.lower(*args).compile()
+        step = self._compiled[shape]
+        lengths = {int(length) for length in re.findall(MLP, step.as_text())}
+        self.run.append((lengths, step.cost_analysis()["flops"]))
+        return step(*args)
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, trained):
+    """(*text_buckets) -> (metrics of a run, Programs.run)."""
+    monkeypatch.setattr(loop, "first_params", random_params)
+    make = program.make
+
+    def with_buckets(*lengths):
+        seen = []
+
+        def watched(*args):
+            made = make(*args)
+            seen.append(Programs(made.train_step))
+            return made._replace(train_step=seen[0])
+
+        monkeypatch.setattr(program, "make", watched)
+        sizes = {"data__text_buckets": lengths, "data__max_text_tokens": 40}
+        config = tiny.config(train__steps=3, checkpoint__every=3, optimizer__name="adamw", **sizes)
+        workdir = tmp_path / f"run_{len(lengths)}"
+        for part in ("tokenizer", "llm"):
+            shutil.copytree(trained / part, workdir / part)
+        loop.train(config, workdir)
+        return read_metrics(workdir), seen[0].run
+
+    return with_buckets
+
+
+def test_cut_texts_give_the_same_run_for_less(train):
+    whole, programs = train()
+    assert [lengths for lengths, _ in programs] == [{40}] * 3
+    metrics, cut = train(33)
+    assert [lengths for lengths, _ in cut] == [{33 if n <= 33 else 40} for n in LONGEST]
+    for (lengths, flops), (_, all_of_them) in zip(cut, programs, strict=True):
+        assert flops < 0.95 * all_of_them if lengths == {33} else flops == all_of_them
+    for one, other in zip(metrics, whole, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=1e-5, err_msg=name)

@@ -169,6 +169,9 @@ class FusedPipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents are {tuple(latents.shape)}, not {shape}.")
         latents = latents.to(device, torch.float32)
+        # Larger images need more noise: arXiv 2403.03206, equation 23.
+        area = height * width / c.image_size**2
+        self.scheduler.set_shift(self.scheduler.config.shift * area**0.5)
         self.scheduler.set_timesteps(steps, device=device)
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = latents if scale == 1 else torch.cat([latents, latents])
