@@ -3,7 +3,7 @@
 python launch/compile.py --config=configs/fusion_2b.py --topology=v4-256 [--out=report.json]
     The training step. --what=sample: drawing sampling.batch_size images.
 python launch/compile.py --config=configs/fusion_2b.py --topology=v6e-64 --sweep
-    The largest batch that fits, for every remat policy.
+    The largest batch that fits, for every remat policy, to one row a device.
 python launch/compile.py --table=docs/tpu.md --jobs=2 [--only=REGEX]
     All of it: the table of what fits where, written into that page, and beside it as JSON.
 

@@ -25,7 +25,9 @@ def suggestions(report: dict[str, Any], config: ConfigDict) -> list[str]:
     if report["fits"]:
         return []
     if report["bytes_needed"] is None:
-        return ["train.attention = 'xla': without the kernel that needs more than the chip's VMEM"]
+        if config.train.attention != "xla":
+            return ["train.attention = 'xla': without the kernel that needs too much of the VMEM"]
+        return ["fewer rows or pixels at once: something needs more than the chip's VMEM"]
     fills = held(report) / report["bytes_there"]
     out = []
     if fills <= 1:  # else whatever is done with activations does not help

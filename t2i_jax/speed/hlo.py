@@ -163,7 +163,8 @@ class Program:
             received = _received(kind, operands, group)
             channel = instruction.attribute("channel_id") or instruction.name
             key = (kind, channel, operands, self._around.get(where, where))
-            asynchronous = key in found or instruction.opcode.endswith("-start")
+            begun = instruction.opcode.endswith("-start") or where in self._begun
+            asynchronous = begun or key in found
             dtypes = tuple(sorted({a.dtype for a in operands}))
             scope = instruction.scope or self._scopes.get(where, "")
             found[key] = Collective(
@@ -181,6 +182,17 @@ class Program:
             callee: instruction.scope
             for body in self.computations.values()
             for instruction in body.values()
+            for callee, _ in self._callees(instruction)
+        }
+
+    @functools.cached_property
+    def _begun(self) -> set[str]:
+        """Computations that are begun and waited for later: on tpu7x, those of its sparse cores."""
+        return {
+            callee
+            for body in self.computations.values()
+            for instruction in body.values()
+            if instruction.opcode.endswith("-start")
             for callee, _ in self._callees(instruction)
         }
 
