@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config = base.get_config().unlock()
     config.name = "fusion_2b"
     config.dit.update(positions="2d-rope", conditioning="none")
-    # GB of a device of v4-256, batch 512 (docs/tpu.md): none 28.5, products 8.5, outputs 3.8,
-    # full 3.8; the last two compute a fifth more.
+    # GB of a device of v4-256, batch 512 (docs/tpu.md), of the step: none 28.5, products 8.5,
+    # outputs 3.1, full 2.8, offload 2.8 and 0.3 of the host; the last three compute a fifth more.
+    # Encoding the images, before it, needs 3.8.
     config.dit.remat = "products"
     return config.lock()

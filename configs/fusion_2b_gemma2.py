@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.name = "fusion_2b_gemma2"
     llms.gemma_2_2b(config)
     config.dit.sandwich_norm = True
+    # dit.remat stays 'products': 9.1 GB of a device of v4-256 (docs/tpu.md).
     config.data.path = "::".join(
         (
             "data/cc12m-recaptioned/cc12m-train-{0000..2175}.tar",
