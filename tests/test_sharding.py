@@ -1,4 +1,4 @@
-"""The table of axes, meshes, and one training step that is the same on every mesh."""
+"""The table of axes, meshes, and training steps that are the same on every mesh."""
 
 import dataclasses
 import itertools
@@ -249,8 +249,8 @@ def at(tree, path):
 LORA = {"lora__rank": 3, "optimizer__name": "adamw"}
 
 
-def step_on(sizes, **changes):
-    """A step as the loop runs it, on a mesh: (new state, metrics)."""
+def steps_on(sizes, count=3, **changes):
+    """Steps as the loop runs them, on a mesh: (the last state, metrics by name, of every step)."""
     run, mesh = tiny.run(train__accumulation=2, **changes), mesh_of(sizes)
     trained = build.sharded(run.boxed, mesh)
     places = state.shardings(run.state, trained, mesh)
@@ -261,25 +261,27 @@ def step_on(sizes, **changes):
     }
     with jax.set_mesh(mesh):
         function = jax.jit(run.train_step(), donate_argnums=0, out_shardings=(places, None))
-        return function(
-            jax.device_put(run.state, places),
-            frozen,
-            sharding.shard_batch(run.batch, mesh),
-            jax.random.key(1),
-        )
+        current, batch = jax.device_put(run.state, places), sharding.shard_batch(run.batch, mesh)
+        metrics = []
+        for _ in range(count):  # noise and times are other ones in every step
+            current, of_step = function(current, frozen, batch, jax.random.key(1))
+            metrics.append(of_step)
+    names = ("loss", "grad_norm", "update_norm", "param_norm")
+    return current, {name: [float(of_step[name]) for of_step in metrics] for name in names}
 
 
 @pytest.fixture(scope="module")
 def on_one():
-    return step_on((1, 1, 1))
+    return steps_on((1, 1, 1))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_step_is_the_same_on_every_mesh(on_one, sizes):
+def test_steps_are_the_same_on_every_mesh(on_one, sizes):
     one, one_metrics = on_one
-    many, metrics = step_on(sizes)
-    for name in ("loss", "grad_norm", "update_norm", "param_norm"):
-        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5, err_msg=name)
+    many, metrics = steps_on(sizes)
+    for name, values in one_metrics.items():
+        assert len(set(values)) == 3
+        np.testing.assert_allclose(metrics[name], values, rtol=1e-5, err_msg=name)
     tiny.close(many.params, one.params)
     tiny.close(many.opt_state, one.opt_state, 1e-4)
     weight = many.params["dit"]["blocks"]["mlp"]["gate"]["weight"]
@@ -292,15 +294,16 @@ def test_a_step_is_the_same_on_every_mesh(on_one, sizes):
 
 @pytest.fixture(scope="module")
 def factors_on_one():
-    return step_on((1, 1, 1), **LORA)
+    return steps_on((1, 1, 1), **LORA)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_step_of_low_rank_factors_is_the_same_on_every_mesh(factors_on_one, sizes):
+def test_steps_of_low_rank_factors_are_the_same_on_every_mesh(factors_on_one, sizes):
     one, one_metrics = factors_on_one
-    many, metrics = step_on(sizes, **LORA)
-    for name in ("loss", "grad_norm", "update_norm", "param_norm"):
-        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5, err_msg=name)
+    many, metrics = steps_on(sizes, **LORA)
+    for name, values in one_metrics.items():
+        assert len(set(values)) == 3
+        np.testing.assert_allclose(metrics[name], values, rtol=1e-5, err_msg=name)
     tiny.close(many.params, one.params)
     pair = many.params["dit"]["blocks"]["attention"]["q"]
     _, fsdp, tensor = sizes
