@@ -15,7 +15,7 @@ from t2i_jax.training import program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("T2I_FAULT_KILLS", "1"))  # at random moments; 20 are the full suite
-STEPS, EVERY, VALIDATE = 40 + 6 * max(0, KILLS - 2), 7, 10
+STEPS, EVERY, VALIDATE = 40 + 7 * max(0, KILLS - 2), 7, 10
 LIMIT = 240  # seconds, for one process on a busy machine
 TINY = {
     "llm": {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}

@@ -40,8 +40,8 @@ def pretraining(training):
 
 
 def at_random(rng):
-    """A moment between the start of a process and some steps after its first one."""
-    seconds, steps = rng.uniform(0, 8), rng.randint(1, 6)
+    """A moment from the start of a process to some steps after its first one, saves included."""
+    seconds, steps = rng.uniform(0, 8), rng.randint(1, EVERY + 4)
     late, start = rng.random() < 0.7, time.monotonic()
 
     def reached(training):
