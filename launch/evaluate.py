@@ -19,7 +19,7 @@ CHECKPOINT = flags.DEFINE_multi_string("checkpoint", None, "A run, checkpoint, i
 OUT = flags.DEFINE_string("out", "report.json", "The report, as JSON; beside it one as HTML.")
 IMAGES = flags.DEFINE_string("images", None, "A folder for the images; default: beside --out.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many; default: all, or 300.", 1)
-SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", 0, 2**32 - 1)
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
 flags.DEFINE_string("prompts", "", "Your copy of the benchmark's prompts.")
 flags.DEFINE_string("reference", "", "FID: a folder of real images, or statistics (.npz).")
@@ -50,20 +50,25 @@ def main(_):
     given = {name: flags.FLAGS[name].value for name in FILES}
     cli.start_processes(chosen | given | {flag.name: flag.value for flag in how})
     reports, samples = [], []
-    places = {"images": IMAGES.value, "out": out}
-    for setting in benchmarks.open_checkpoints(
-        CHECKPOINT.value, chosen, seed=SEED.value, weights=WEIGHTS.value, **places
+    for report, shown in benchmarks.evaluate(
+        BENCHMARK.value,
+        CHECKPOINT.value,
+        chosen,
+        images=IMAGES.value,
+        out=out,
+        seed=SEED.value,
+        weights=WEIGHTS.value,
+        least=REQUIRE.value,
+        num_images=NUM_IMAGES.value,
+        **given,
     ):
-        setting = setting._replace(num_images=NUM_IMAGES.value, **given)
-        name = BENCHMARK.value or setting.way.pipeline.config.data.source
-        report, shown = benchmarks.run(name, setting)
         reports.append(report)
         samples.append(shown)
-    with distributed.together():
-        if jax.process_index() == 0:
-            print("\n".join(map(benchmarks.table, reports)))
-            benchmarks.write(out, reports, samples)
-            print(f"The report is in {out} and {out.with_suffix('.html')}")
+        with distributed.together():
+            if jax.process_index() == 0:
+                print(benchmarks.table(report))
+                benchmarks.write(out, reports, samples)
+                print(f"The report is in {out} and {out.with_suffix('.html')}")
     if REQUIRE.value is not None:
         for report in reports:
             benchmarks.require(report, REQUIRE.value)

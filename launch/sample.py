@@ -21,11 +21,11 @@ NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance lead
 OUT = flags.DEFINE_string("out", "samples.png", "The grid, a PNG.")
 FILES = flags.DEFINE_string("files", None, "A folder for single images and images.jsonl.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images a prompt.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.", 0, 2**63 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Image i of a seed is the same in any batch.", 0, 2**32 - 1)
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged, or as trained.")
 IMAGE = flags.DEFINE_string("image", None, "A picture to start from, instead of noise alone.")
-STRENGTH = flags.DEFINE_float("strength", 0.8, "With --image: the share of steps taken.", 0, 1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once.", lower_bound=1)
+STRENGTH = flags.DEFINE_float("strength", None, "With --image: the share of steps; 0.8.", 0, 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once; rounding may change.", 1)
 cli.define_sampling_flags()
 flags.mark_flag_as_required("checkpoint")
 cli.define_process_flags()
@@ -47,12 +47,13 @@ def main(_):
     how += [IMAGE, STRENGTH, BATCH_SIZE]
     cli.start_processes({"prompts": prompts} | chosen | {flag.name: flag.value for flag in how})
     start = {} if IMAGE.value is None else {"image": pictures.read(IMAGE.value)}
-    strength = {"strength": STRENGTH.value} if start else {}
+    if STRENGTH.value is not None or start:
+        start["strength"] = 0.8 if STRENGTH.value is None else STRENGTH.value
     pipeline = Pipeline.load(CHECKPOINT.value, weights=WEIGHTS.value)
-    resolved = options.resolve(pipeline.config, **chosen, **strength)
+    how = {k: v for k, v in start.items() if k == "strength"}
+    resolved = options.resolve(pipeline.config, **chosen, **how)
     prompts = prompts or list(pipeline.config.sampling.prompts)
-    columns = min(8, len(prompts) if len(prompts) > 1 else NUM_IMAGES.value)  # one a prompt
-    prompts *= NUM_IMAGES.value
+    prompts = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
     with Progress(len(prompts), name="drawing", shown=jax.process_index() == 0) as bar:
         images = pipeline.draw(
             prompts,
@@ -62,13 +63,12 @@ def main(_):
             progress=bar.update,
             **chosen,
             **start,
-            **strength,
         )
     flags_told = (CHECKPOINT, WEIGHTS, SEED, NEGATIVE_PROMPT, IMAGE)
     told = {flag.name: flag.value for flag in flags_told} | gallery.how_drawn(pipeline, resolved)
     with distributed.together():
         if jax.process_index() == 0:
-            gallery.save_grid(out, images, prompts, columns, told, pipeline)
+            gallery.save_grid(out, images, prompts, NUM_IMAGES.value, told, pipeline)
             if FILES.value:
                 gallery.save_files(epath.Path(FILES.value), images, prompts, told, pipeline)
             print(f"{len(images)} images in {' and '.join(filter(None, (OUT.value, FILES.value)))}")

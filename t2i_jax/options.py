@@ -19,7 +19,8 @@ class Options(NamedTuple):
 
     height: int  # pixels
     width: int
-    levels: np.ndarray  # of noise, float32 (S + 1,): from where drawing begins to 0
+    start: float  # the level of noise that drawing begins at
+    levels: np.ndarray  # float32 (S + 1,), of the steps that are taken: down to 0
     scale: float  # of guidance
     solver: str
     guidance: Guidance | None  # None: unguided, at scale 1
@@ -72,6 +73,8 @@ def resolve(
     height, width = size_of(config, height, width)
     steps, name = c.steps if steps is None else steps, c.solver if solver is None else solver
     solvers.find(name)
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+        raise ConfigError(f"steps = {steps!r}: a whole number.")
     scale = float(c.guidance if guidance_scale is None else guidance_scale)
     if not (scale >= 0 and math.isfinite(scale)):
         raise ConfigError(f"guidance_scale = {scale}: a scale is zero or more.")
@@ -82,9 +85,17 @@ def resolve(
     if not 0 < strength <= 1:
         raise ConfigError(f"strength = {strength}: above 0 (the image as it is) and at most 1.")
     levels = time.sampling_sigmas(steps, config.flow.num_timesteps, config.flow.shift, shift)
-    taken = max(1, round(strength * steps))
-    how = _guidance(config, guidance, guidance_interval) if scale != 1 else None
-    return Options(height, width, levels[steps - taken :], scale, name, how)
+    levels = levels[steps - max(1, round(strength * steps)) :]
+    how, start = None, float(levels[0])
+    if scale != 1:
+        how = _guidance(config, guidance, guidance_interval)
+        if how.method == "cfg-zero":
+            if how.zero_steps >= len(levels) - 1:
+                raise ConfigError(
+                    f"zero_steps = {how.zero_steps} leaves none of {len(levels) - 1} steps."
+                )
+            levels = levels[how.zero_steps :]
+    return Options(height, width, start, levels, scale, name, how)
 
 
 def size_of(config: ConfigDict, height: int | None, width: int | None) -> tuple[int, int]:
@@ -93,15 +104,16 @@ def size_of(config: ConfigDict, height: int | None, width: int | None) -> tuple[
     found = []
     for name, given in (("height", height), ("width", width)):
         length = side if given is None else given
-        if length < cell or length % cell:
-            low = max(cell, length // cell * cell)
-            raise ConfigError(
-                f"{name} = {length}: sides of images are multiples of {cell} pixels, a patch of "
-                f"this model; {low} and {low + cell} are."
-            )
         most = config.dit.table_size * cell
         if most and length > most:
             raise ConfigError(f"{name} = {length}: this model has positions for {most} pixels.")
+        if length < cell or length % cell:
+            low = max(cell, length // cell * cell)
+            near = f"{low} is" if length < cell or low + cell > (most or math.inf) else ""
+            raise ConfigError(
+                f"{name} = {length}: sides of images are multiples of {cell} pixels, a patch of "
+                f"this model; {near or f'{low} and {low + cell} are'}."
+            )
         found.append(length)
     return found[0], found[1]
 

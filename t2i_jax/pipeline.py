@@ -5,11 +5,13 @@
 
 The text memory of a prompt is made once for all steps, that of the empty prompt once a batch.
 Image i of a seed starts from noise that depends on (seed, i) alone, so it is the same picture in
-any batch and on any number of devices: bit by bit on a CPU, elsewhere as far as a compiler rounds
-sums alike in programs for other shapes.
+any batch and on any number of devices: bit by bit on a CPU, unless a size of batches is asked for,
+elsewhere as far as a compiler rounds sums alike in programs for other shapes.
 """
 
 from collections.abc import Callable, Sequence
+import difflib
+import inspect
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -20,9 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from t2i_jax import build, checkpoint, convert, frozen, sampler, sharding
+from t2i_jax import build, checkpoint, convert, frozen, inputs, sampler, sharding
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.errors import ConfigError, users_files
 from t2i_jax.interop.mapping import materialise
@@ -106,12 +108,20 @@ class Pipeline(NamedTuple):
         Sizes, steps, scale and solver default to the model's config; `progress` shows a bar on
         stderr; `more` is as of `draw`. Raises as `draw`.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not isinstance(negative_prompt, str | None):
-            negative_prompt = [one for one in negative_prompt for _ in range(num_images)]
-        if num_images < 1:
-            raise ConfigError(f"num_images = {num_images}: at least one.")
-        prompts = [one for one in prompts for _ in range(num_images)]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(num_images, int) or num_images < 1:
+            raise ConfigError(f"num_images = {num_images!r}: a whole number, at least one.")
+
+        def for_each_image(given: Any) -> Any:
+            """What is given for each prompt, as often as the prompt."""
+            several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4
+            if not several or len(given) != len(prompts):
+                return given
+            return [one for one in given for _ in range(num_images)]
+
+        negative_prompt = for_each_image(negative_prompt)
+        more |= {k: for_each_image(more[k]) for k in ("image", "latents") if k in more}
+        prompts = for_each_image(prompts)
         shown = progress and jax.process_index() == 0
         with Progress(len(prompts), name="drawing", shown=shown) as bar:
             images = self.draw(
@@ -136,12 +146,13 @@ class Pipeline(NamedTuple):
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         image: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         latents: np.ndarray | None = None,
         decode: bool = True,
         batch_size: int | None = None,
         callback: Callable[[int, float, jax.Array], Any] | None = None,
         progress: Callable[[int], Any] | None = None,
+        tell: bool = True,
         **options: Any,
     ) -> np.ndarray:
         """One image a prompt: uint8 (n, H, W, 3).
@@ -155,36 +166,48 @@ class Pipeline(NamedTuple):
             and its number alone.
           image: one or n images (PIL, or uint8 arrays) to start from: they are brought to the size
             that is drawn, cropped at the sides, and noise is added to them.
-          strength: with `image`, how much noise: the share of the steps that are taken.
+          strength: with `image`, how much noise: the share of the steps that are taken, by default
+            0.8.
           latents: float (n, H', W', C), instead of the noise that drawing starts from.
-          decode: False for latents instead of images, float32 (n, H', W', C), to which `latents`
-            of another call come back as pictures with `decode`.
+          decode: False: latents come back, float32 (n, H', W', C), of which `decode` makes images.
           batch_size: images at once, all devices together; by default the config's, on a CPU one a
-            device.
+            device. Programs for other sizes may round sums otherwise.
           callback: called with the number of the step (from 1), the noise level that it came to
-            and the latents of the batch (B, H', W', C) after each step; latents that it returns are
-            gone on with. The steps are programs of their own then.
+            and the latents (B, H', W', C) after each step of each batch; latents that it returns
+            are gone on with. The steps are programs of their own then.
           progress: called with the number of images drawn so far.
+          tell: False: nothing is said of prompts that are cut.
           **options: as of `options.resolve`.
 
         Raises ConfigError (a ValueError) for what cannot be drawn.
         """
-        c, n = self.config, len(prompts)
-        if isinstance(prompts, str) or not n or not all(isinstance(p, str) for p in prompts):
-            raise ConfigError(f"Prompts are one or more strings, got {prompts!r:.200}.")
+        c, n = self.config, len(inputs.checked_prompts(prompts))
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise ConfigError(f"seed = {seed!r}: a whole number from 0 to 2**32 - 1.")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size = {batch_size}: at least one.")
+        known = inspect.signature(resolve).parameters
+        for name in options.keys() - known.keys():
+            near = difflib.get_close_matches(name, [*known], 1)
+            raise ConfigError(
+                f"There is no option {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+            )
         if image is not None and latents is not None:
             raise ConfigError("image and latents both say what to start from: give one.")
         if image is not None:
-            options["strength"] = strength
+            options["strength"] = 0.8 if strength is None else strength
+        elif strength is not None:
+            raise ConfigError(f"strength = {strength} is for an image to start from: give one.")
         chosen = resolve(c, **options)
         sampler_ = sampler.make(c, self.autoencoder, chosen, decodes=decode)
         start = {
-            "numbers": _checked_numbers(numbers, n),
-            "latents": _checked_latents(latents, (n, *sampler_.latent_shape)),
-            "image": _fitted(image, n, chosen),
+            "numbers": inputs.checked_numbers(numbers, n),
+            "latents": inputs.checked_latents(latents, (n, *sampler_.latent_shape)),
+            "image": inputs.fitted(image, n, chosen),
         }
-        nulls = _negatives(negative_prompt, n)
-        self._tell_cut([*prompts, *nulls])
+        nulls = inputs.negatives(negative_prompt, n)
+        if tell:
+            self.tell_cut([*prompts, *nulls])
         drawing = _Drawing(self, sampler_, chosen, jax.random.key(seed), callback)
         size = self._batch_size(n, batch_size)
         images = []
@@ -211,7 +234,24 @@ class Pipeline(NamedTuple):
             size *= 2
         return min(size, -(-most // shards) * shards)
 
-    def _tell_cut(self, prompts: Sequence[str]) -> None:
+    def decode(self, latents: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Latents (n, H', W', C), as `draw` returns them, -> images uint8 (n, H, W, 3).
+
+        Raises ConfigError for others.
+        """
+        shape = (len(latents), *np.shape(latents)[1:3], self.autoencoder.channels)
+        latents = inputs.checked_latents(latents, shape)
+        size, images = self._batch_size(len(latents), batch_size), []
+        rows, whole = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+        for first in range(0, len(latents), size):
+            part = inputs.padded(latents[first : first + size], size)
+            with jax.set_mesh(self.mesh):
+                params, z = self.frozen["autoencoder"], sharding.put(part, rows)
+                decoded = sampler.decode(self.autoencoder, params, z)
+                images.append(np.asarray(jax.device_put(decoded, whole)))
+        return np.concatenate(images)[: len(latents)]
+
+    def tell_cut(self, prompts: Sequence[str]) -> None:
         """Warns of prompts that are too long, once each; one of several processes does."""
         if jax.process_index():
             return
@@ -247,9 +287,6 @@ class _Drawing(NamedTuple):
         real, mesh = len(prompts), self.pipeline.mesh
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-        def padded(x):
-            return np.concatenate([x, np.repeat(x[-1:], size - real, axis=0)])
-
         prompts = prompts + [""] * (size - real)
         same = len(set(nulls)) == 1
         nulls = list(nulls[:1]) if same else [*nulls, *[""] * (size - real)]
@@ -257,12 +294,14 @@ class _Drawing(NamedTuple):
         with jax.set_mesh(mesh):
             text = sharding.put(encode(prompts), rows)
             null = sharding.put(encode(nulls), whole if same else rows)
-            number_B = sharding.put(padded(start["numbers"]), whole)
-            first = sampler.Start(self.key, number_B)
+            number_B = sharding.put(inputs.padded(start["numbers"], size), whole)
+            level = sharding.put(np.float32(self.options.start), whole)
+            first = sampler.Start(self.key, number_B, level)
             if start["latents"] is not None:
-                first = first._replace(latents_BHWC=sharding.put(padded(start["latents"]), rows))
+                latents = sharding.put(inputs.padded(start["latents"], size), rows)
+                first = first._replace(latents_BHWC=latents)
             if start["image"] is not None:
-                pixels = sharding.put(padded(start["image"]), rows)
+                pixels = sharding.put(inputs.padded(start["image"], size), rows)
                 fixed = self.pipeline.frozen["autoencoder"]
                 encoded = sampler.encode(self.pipeline.autoencoder, fixed, pixels)
                 first = first._replace(image_BHWC=encoded)
@@ -276,61 +315,21 @@ class _Drawing(NamedTuple):
         if self.callback is None:
             return sampler.draw(self.sampler, weights, text, null, first, table)
         levels = self.options.levels
-        memories, state = sampler.prepare(self.sampler, weights, text, null, first, levels[0])
+        memories, state = sampler.prepare(self.sampler, weights, text, null, first)
         for i, level in enumerate(levels[1:]):
             row = {name: column[i] for name, column in table.items()}
             state = sampler.advance(self.sampler, weights, memories, state, row, first)
             changed = self.callback(i + 1, float(level), state.z)
             if changed is not None:
-                z = _checked_latents(np.asarray(changed), state.z.shape)
+                z = inputs.checked_latents(np.asarray(changed), state.z.shape)
                 state = state._replace(z=sharding.put(z, state.z.sharding))
         return sampler.finish(self.sampler, weights, state.z)
 
 
-def _checked_numbers(numbers: Sequence[int] | None, n: int) -> np.ndarray:
-    numbers = range(n) if numbers is None else numbers
-    found = np.asarray(numbers, np.int64)
-    if found.shape != (n,) or (found < 0).any() or (found >= 2**31).any():
-        raise ConfigError(f"numbers must be {n}, one a prompt, from 0 to 2**31 - 1.")
-    return found.astype(np.int32)
-
-
-def _checked_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    if latents is None:
-        return None
-    latents = np.asarray(latents, np.float32)
-    if latents.shape != shape or not np.isfinite(latents).all():
-        raise ConfigError(f"latents must be finite, of shape {shape}, got {latents.shape}.")
-    return latents
-
-
-def _fitted(image: Any, n: int, options: Options) -> np.ndarray | None:
-    """Images to start from: uint8 (n, H, W, 3), one for all or n of them."""
-    if image is None:
-        return None
-    several = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
-    given = list(image) if several else [image] * n
-    if len(given) != n:
-        raise ConfigError(f"{len(given)} images to start from, but {n} to draw: one, or as many.")
-    size = (options.width, options.height)
-    found = []
-    for one in given:
-        if not isinstance(one, Image.Image):
-            one = np.asarray(one)
-            if one.dtype != np.uint8 or one.ndim != 3 or one.shape[-1] != 3:
-                raise ConfigError(f"An image is uint8 (H, W, 3), got {one.dtype} {one.shape}.")
-            one = Image.fromarray(one)
-        fit = ImageOps.fit(one.convert("RGB"), size, Image.Resampling.BICUBIC)
-        found.append(np.asarray(fit))
-    return np.stack(found)
-
-
-def _negatives(negative_prompt: str | Sequence[str] | None, n: int) -> list[str]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * n
-    if len(negative_prompt) != n:
-        raise ConfigError(f"{len(negative_prompt)} negative prompts for {n} images: one, or {n}.")
-    return list(negative_prompt)
+def check_there(path: epath.PathLike) -> None:
+    """Raises UserError where `Pipeline.load` would find no model."""
+    if not convert.is_converted(path):
+        checkpoint.find(path)
 
 
 def trained_params(stored: Stored, config: ConfigDict, like: Any) -> Any:

@@ -46,12 +46,14 @@ class Start(NamedTuple):
     Attributes:
       key: of the randomness; that of an image depends on it and the image's number alone.
       number_B: numbers of the images.
+      level: of noise, at the start.
       latents_BHWC: given latents at the first level.
       image_BHWC: latents of images, to which noise of the first level is added.
     """
 
     key: jax.Array
     number_B: jax.Array
+    level: jax.Array
     latents_BHWC: jax.Array | None = None
     image_BHWC: jax.Array | None = None
 
@@ -101,7 +103,7 @@ def draw(
       rows: of `table`.
     """
     memories = _memories(sampler, weights, text, null, len(start.number_B))
-    state = _first(sampler, start, rows["t"][0])
+    state = _first(sampler, start)
     z = solvers.solve(
         sampler.solver,
         _velocity(sampler, weights, memories),
@@ -115,11 +117,11 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=0)
 def prepare(
-    sampler: Sampler, weights: Weights, text: Text, null: Text, start: Start, t: jax.Array
+    sampler: Sampler, weights: Weights, text: Text, null: Text, start: Start
 ) -> tuple[Any, solvers.State]:
-    """What `advance` needs: the memories of the texts, and the state at the first level t."""
+    """What `advance` needs: the memories of the texts, and the first state."""
     memories = _memories(sampler, weights, text, null, len(start.number_B))
-    return memories, _first(sampler, start, t)
+    return memories, _first(sampler, start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -183,13 +185,13 @@ def _velocity(sampler: Sampler, weights: Weights, memories: Any) -> solvers.Velo
     return guidance.guided(denoise, memory, null_memory, sampler.guidance, interleave)
 
 
-def _first(sampler: Sampler, start: Start, t: jax.Array) -> solvers.State:
+def _first(sampler: Sampler, start: Start) -> solvers.State:
     """The state at the first level."""
     z = start.latents_BHWC
     if z is None:
         z = jax.vmap(lambda key: jax.random.normal(key, sampler.latent_shape))(_keys(start))
         if start.image_BHWC is not None:
-            z = flow.interpolate(start.image_BHWC, z, jnp.full(len(z), t))
+            z = flow.interpolate(start.image_BHWC, z, jnp.full(len(z), start.level))
     z = sharding.constrain(z, "batch", None, None, None)
     return solvers.start(sampler.solver, z, guidance.first(sampler.guidance, z))
 
@@ -212,11 +214,17 @@ def _keys(start: Start) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(start.key, start.number_B)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def decode(autoencoder: Autoencoder, params: Any, z: jax.Array) -> jax.Array:
+    """Latents (B, H', W', C) -> uint8 images (B, H, W, 3)."""
+    images = autoencoder.decode(params, z)
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
 def _decode(sampler: Sampler, weights: Weights, z: jax.Array) -> jax.Array:
     if not sampler.decodes:
         return z
-    images = sampler.autoencoder.decode(weights["frozen"]["autoencoder"], z)
-    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    return decode(sampler.autoencoder, weights["frozen"]["autoencoder"], z)
 
 
 def abstract_params(config: ConfigDict, mesh: Mesh, *, master: bool = False) -> Any:
@@ -238,11 +246,14 @@ def abstract_arguments(
 
     everywhere = sharding.replicated(mesh)
     fixed = build.abstract_frozen(config, mesh)
-    number_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=everywhere)
+    number_B, level = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+        for shape, dtype in (((batch,), jnp.int32), ((), jnp.float32))
+    )
     return {
         "weights": {"params": abstract_params(config, mesh), "frozen": fixed},
         "text": build.abstract_text(config, batch, sharding.batch_sharding(mesh)),
         "null": build.abstract_text(config, 1, everywhere),
-        "start": Start(build.abstract_key(mesh), number_B),
+        "start": Start(build.abstract_key(mesh), number_B, level),
         "rows": jax.tree.map(placed, table(options)),
     }

@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import t2i_jax
 from t2i_jax import options, pipeline, sharding
 from t2i_jax.data.prompts import Prompts
 from t2i_jax.diffusion import solvers, time
+from t2i_jax.diffusion.guidance import Guidance
 from t2i_jax.errors import ConfigError
 from t2i_jax.pipeline import Pipeline
 from tests import tiny
@@ -53,7 +55,7 @@ def test_an_image_is_the_same_in_any_batch(one, images):
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_process_tells_of_prompts_that_are_cut_and_where(one, process, monkeypatch, caplog):
     monkeypatch.setattr("jax.process_index", lambda: process)
-    one._tell_cut(["a red ring", *["a red ring " * 1000] * 2, ""])
+    one.tell_cut(["a red ring", *["a red ring " * 1000] * 2, ""])
     assert len(caplog.records) == (process == 0)
     if process == 0:
         assert "A prompt of 11000 characters is cut: 12 tokens are read" in caplog.text
@@ -161,6 +163,10 @@ def test_a_negative_prompt_stands_in_the_place_of_the_empty_one(one, images):
     each = one.draw(PROMPTS, negative_prompt=["", PROMPTS[1], ""], seed=5)
     np.testing.assert_array_equal(each[[0, 2]], images[[0, 2]])
     assert not np.array_equal(each[1], images[1])
+    starts = [Image.fromarray(images[0]), Image.fromarray(images[1])]
+    begun = one(PROMPTS[:2], num_images=2, image=starts, progress=False, strength=0.5)
+    by_hand = one.draw([PROMPTS[1]], numbers=[3], image=images[1], strength=0.5)
+    np.testing.assert_array_equal(begun[3], by_hand[0])
     two = one(PROMPTS[:2], [PROMPTS[1], ""], num_images=2, progress=False)
     one_by_one = one.draw([PROMPTS[0]] * 2, negative_prompt=PROMPTS[1])
     np.testing.assert_array_equal(np.stack(two[:2]), one_by_one)
@@ -174,6 +180,9 @@ def test_latents_go_out_and_come_back(one, images):
     latents = one.draw(PROMPTS, seed=5, decode=False)
     decoded = np.clip(np.round((latents + 1) * 127.5), 0, 255)  # pixels are this model's latents
     np.testing.assert_array_equal(decoded, images)
+    np.testing.assert_array_equal(one.decode(latents), images)
+    with pytest.raises(ConfigError, match="latents must be finite"):
+        one.decode(latents[..., :2])
 
 
 def test_every_step_can_be_looked_at_and_changed(one, images):
@@ -215,6 +224,26 @@ def test_an_image_to_start_from(one, images):
     assert np.abs(begun[0][2][0] - z).mean() < np.abs(begun[0][2][0] - noise).mean()
     both = one.draw(PROMPTS[:2], seed=5, image=[picture, picture.resize((40, 20))], strength=0.5)
     assert both.shape == (2, 16, 16, 3)
+
+
+def test_the_first_steps_of_cfg_zero_are_left_out(one):
+    """Nothing moves in them, whatever the solver: drawing starts from the same noise, later."""
+    steps, levels = one.config.sampling.steps, options.resolve(one.config).levels
+    chosen = options.resolve(one.config, guidance="cfg-zero")
+    np.testing.assert_array_equal(chosen.levels, levels[1:])
+    assert chosen.start == 1.0 and chosen.evaluations == steps - 1
+    begun = []
+    how = {"guidance": "cfg-zero", "solver": "dpmpp_2m", "seed": 5}
+    one.draw(PROMPTS[:1], **how, callback=lambda number, level, z: begun.append(level))
+    np.testing.assert_allclose(begun, levels[2:], rtol=1e-6)
+    with pytest.raises(ConfigError, match="zero_steps = 9 leaves none"):
+        one.draw(PROMPTS, guidance=Guidance("cfg-zero", zero_steps=9))
+
+
+def test_the_package_has_the_pipeline():
+    assert t2i_jax.Pipeline is Pipeline
+    with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
+        t2i_jax.Pipelin  # noqa: B018
 
 
 def test_other_sizes_have_other_shifts(one):
@@ -277,9 +306,19 @@ WRONG = {
     "guidance_scale = nan": {"guidance_scale": float("nan")},
     "guidance_interval = .* two noise levels": {"guidance_interval": (0.8, 0.2)},
     "height = 15: .* multiples of 4 pixels, .*; 12 and 16 are": {"height": 15},
-    "width = 0: .*; 4 and 8 are": {"width": 0},
+    "width = 0: .*; 4 is": {"width": 0},
     "shift = -1": {"shift": -1.0},
     "strength = 0": {"image": np.zeros((4, 4, 3), np.uint8), "strength": 0.0},
+    "strength = 0.5 is for an image": {"strength": 0.5},
+    "steps = 2.5": {"steps": 2.5},
+    "seed = 4294967296": {"seed": 2**32},
+    "seed = None": {"seed": None},
+    "batch_size = 0": {"batch_size": 0},
+    "There is no option 'guidance_scal'. Did you mean 'guidance_scale'": {"guidance_scal": 3},
+    "Prompts are one or more strings, got 5": {"prompts": 5},
+    "bytes that are not UTF-8": {"prompts": ["a \udcff ring"]},
+    "Negative prompts are one or more strings, got 5": {"negative_prompt": 5},
+    "height = 0: .*; 4 is": {"height": 0},
     "An image is uint8": {"image": np.zeros((4, 4, 3))},
     "2 images to start from, but 3": {"image": [np.zeros((4, 4, 3), np.uint8)] * 2},
     "image and latents both": {"image": np.zeros((4, 4, 3), np.uint8), "latents": 0},

@@ -6,7 +6,7 @@ the prompt, v_null, to the one with it, v, by a scale g:
     v_null + g (v - v_null),
 
 which is v at g = 1. Large scales oversaturate; each further method mends that in its own way, and
-all are v at g = 1, but for the first steps of CFG-Zero*. Whatever the method, guidance may be
+all are v at g = 1. Whatever the method, guidance may be
 limited to an interval of noise levels (Kynkäänniemi et al., arXiv 2404.07724): where it is strong
 it costs diversity, and at low noise it changes nothing. Outside, only v is evaluated.
 
@@ -45,7 +45,7 @@ class Guidance(NamedTuple):
     parallel: float = 0.0  # 'apg': what is left of the change along the prediction
     norm: float = 0.0  # 'apg': largest norm of the change of an image; 0 = any
     momentum: float = -0.5  # 'apg': share of the earlier changes in the next one
-    zero_steps: int = 1  # 'cfg-zero': first steps in which nothing moves
+    zero_steps: int = 1  # 'cfg-zero': first steps that are not taken: nothing moves in them
 
     @property
     def limited(self) -> bool:
@@ -62,10 +62,7 @@ class Guidance(NamedTuple):
     def rows(self, scale: float, levels: Sequence[float]) -> Rows:
         """What is added to a solver's table for levels (S + 1,): the scale of each step."""
         t, (low, high) = np.asarray(levels, np.float32)[:-1], self.interval
-        scales = np.where((low < t) & (t <= high), np.float32(scale), np.float32(1))
-        if self.method != "cfg-zero":
-            return {"scale": scales}
-        return {"scale": scales, "moves": np.float32(np.arange(len(t)) >= self.zero_steps)}
+        return {"scale": np.where((low < t) & (t <= high), np.float32(scale), np.float32(1))}
 
 
 def plain(v: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
@@ -86,7 +83,9 @@ def rescaled(v: jax.Array, null: jax.Array, scale: jax.Array, share: float) -> j
 def zero_star(v: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
     """Plain guidance from s v_null, s = <v, v_null> / |v_null|^2 (Fan et al., arXiv 2503.18886).
 
-    s v_null is the multiple of v_null that is nearest to v, image by image.
+    s v_null is the multiple of v_null that is nearest to v, image by image. The method's first
+    steps, in which the velocity is taken for zero, are left out of the table of steps: latents
+    are then, for every solver, at a later level what they were at the first.
     """
     s = _inner(v, null) / jnp.maximum(_inner(null, null), _TINY)
     return plain(v, s * null, scale)
@@ -143,7 +142,7 @@ METHODS: dict[str, Callable[[Pair, Guidance], tuple[jax.Array, Any]]] = {
     "plain": lambda p, how: (plain(p.v, p.null, p.row["scale"]), p.state),
     "rescaled": lambda p, how: (rescaled(p.v, p.null, p.row["scale"], how.rescale), p.state),
     "apg": projected,
-    "cfg-zero": lambda p, how: (p.row["moves"] * zero_star(p.v, p.null, p.row["scale"]), p.state),
+    "cfg-zero": lambda p, how: (zero_star(p.v, p.null, p.row["scale"]), p.state),
 }
 
 

@@ -13,6 +13,7 @@ A benchmark draws by `draw` (drawn.py: into files, going on where a killed run e
 training, by the pipeline itself.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import difflib
 import json
@@ -31,7 +32,7 @@ from t2i_jax.evaluation import report as pages
 from t2i_jax.evaluation.drawn import Item, Way
 from t2i_jax.evaluation.report import Sample
 from t2i_jax.options import resolve
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.pipeline import Pipeline, check_there
 
 Report = dict[str, Any]
 Samples = dict[str, list[Sample]]  # by category
@@ -148,13 +149,14 @@ def _geneval(setting: Setting) -> tuple[Report, Samples]:
     folder, records = _kept(setting, "geneval"), geneval.read_prompts(setting.prompts)
     records = records[: _prompts(setting, geneval.PER_PROMPT)]
     items = geneval.items(records)
-    drawn.draw(setting.way, items, folder, "drawing")
+    drawn.draw(setting.way, items, folder, "drawing", alone=True)
     with distributed.together():
         if jax.process_index() == 0:
             geneval.write_metadata(folder, records)
     results = folder.parent / f"{folder.name}_results.jsonl"
     command = geneval.command(setting.scorer_python, folder.resolve(), results.resolve())
-    scores = _scored(setting, command, results, geneval.read_results)
+    expected = Counter(item.prompt for item in items)
+    scores = _scored(setting, command, results, geneval.read_results, expected)
     kinds = [geneval.KINDS[record["tag"]] for record in records for _ in range(geneval.PER_PROMPT)]
     return {"num_images": len(items), **scores}, _shown(folder, items, kinds)
 
@@ -167,11 +169,12 @@ def _dpg(setting: Setting) -> tuple[Report, Samples]:
         raise ConfigError("DPG-Bench's scorer cuts squares: give the same --height and --width.")
     prompts = dict(list(prompts.items())[: _prompts(setting, dpg.PER_PROMPT)])
     items = dpg.items(prompts)
-    drawn.draw(setting.way, items, folder, "drawing")
+    drawn.draw(setting.way, items, folder, "drawing", alone=True)
     results = folder.parent / f"{folder.name}_results.txt"
     place = folder.resolve()
     command = dpg.command(setting.scorer_python, place, results.resolve(), size.height)
-    scores = _scored(setting, command, results, dpg.read_results)
+    expected = Counter({name: dpg.PER_PROMPT for name in prompts})
+    scores = _scored(setting, command, results, dpg.read_results, expected)
     count = dpg.PER_PROMPT * len(items)
     return {"num_images": count, **scores}, _shown(folder, items, ["prompts"] * len(items))
 
@@ -189,27 +192,43 @@ def _scored(
     setting: Setting,
     command: list[str],
     results: epath.Path,
-    read: Callable[[epath.PathLike], Mapping[str, Any]],
+    read: Callable[[epath.PathLike], dict[str, Any]],
+    expected: Counter[str],
 ) -> dict[str, Any]:
-    """What an official scorer found: run here, where it is installed, or elsewhere before."""
+    """What an official scorer found: run here, where it is installed, or elsewhere before.
+
+    `expected` images of each prompt. Raises ConfigError where the results are of other prompts; of
+    fewer the report says how many.
+    """
     words = [*command, *shlex.split(setting.scorer_args)]
-    if setting.results:
-        return dict(read(setting.results))
-    if not setting.scorer:
+    if not setting.results and not setting.scorer:
         todo = f"In the scorer's checkout: {shlex.join(words)}; then again with --results={results}"
         return {"metric": "not scored", "better": "higher", "score": None, "todo": todo}
+    if not setting.results:
+        _run_scorer(setting.scorer, words)
+    file = setting.results or results
+    found = read(file)
+    scored = Counter(found.pop("scored"))
+    if others := [name for name in scored if name not in expected]:
+        raise ConfigError(f"{file} has results of other prompts, {others[0]!r} among them.")
+    if scored.total() < expected.total():
+        some = f"The scorer has {scored.total()} of {expected.total()} images"
+        found["pipeline"] = f"{some}; look into what it said of the others."
+    return found | {"scored_images": scored.total()}
+
+
+def _run_scorer(checkout: str, words: list[str]) -> None:
     with distributed.together():
         if jax.process_index() == 0:
             try:
-                done = subprocess.run(words, cwd=setting.scorer, check=False)
+                done = subprocess.run(words, cwd=checkout, check=False)
             except OSError as error:
-                raise ConfigError(f"--scorer={setting.scorer}: {error}.") from error
+                raise ConfigError(f"--scorer={checkout}: {error}.") from error
             if done.returncode:
                 raise UserError(
                     f"The official scorer ended with status {done.returncode}; its own message is "
-                    f"above. In {setting.scorer} it was: {shlex.join(words)}"
+                    f"above. In {checkout} it was: {shlex.join(words)}"
                 )
-    return dict(read(results))
 
 
 def _shown(folder: epath.Path, items: Sequence[Item], categories: Sequence[str]) -> Samples:
@@ -225,9 +244,9 @@ def _shown(folder: epath.Path, items: Sequence[Item], categories: Sequence[str])
 def _mjhq(setting: Setting) -> tuple[Report, Samples]:
     _needs(setting, "mjhq", realism.METADATA)
     folder, prompts = _kept(setting, "mjhq"), realism.read_mjhq(setting.prompts)
-    names = realism.some_of(list(prompts), setting.num_images, setting.way.seed)
-    items = realism.mjhq_items({name: prompts[name] for name in names})
-    categories = [prompts[name][0] for name in names]
+    rows = [(f"{category}/{key}.png", text) for key, (category, text) in prompts.items()]
+    items = _some(setting, rows, None)
+    categories = [item.file.split("/")[0] for item in items]
     found = _compared(setting, items, categories)
     return {"num_images": len(items), **found}, _shown(folder, items, categories)
 
@@ -235,10 +254,16 @@ def _mjhq(setting: Setting) -> tuple[Report, Samples]:
 def _coco(setting: Setting) -> tuple[Report, Samples]:
     _needs(setting, "coco", "a file of captions")
     folder, captions = _kept(setting, "coco"), realism.read_captions(setting.prompts)
-    names = realism.some_of(list(captions), setting.num_images or 30_000, setting.way.seed)
-    items = [Item(f"{name}.png", captions[name], (i,)) for i, name in enumerate(names)]
+    items = _some(setting, [(f"{key}.png", text) for key, text in captions.items()], 30_000)
     found = _compared(setting, items, None)
     return {"num_images": len(items), **found}, _shown(folder, items, ["captions"] * len(items))
+
+
+def _some(setting: Setting, rows: Sequence[tuple[str, str]], most: int | None) -> list[Item]:
+    """--num_images of (file, prompt), at most `most`, drawn by the seed; numbered as all are."""
+    count = setting.num_images or most
+    places = realism.some_of(len(rows), count, setting.way.seed)
+    return [Item(*rows[i], (i,)) for i in places]
 
 
 def _compared(
@@ -252,10 +277,7 @@ def _compared(
         drawn.draw(setting.way, items, setting.folder, "drawing")
         todo = "--reference and --inception give FID and KID, --clip the CLIP score and CMMD."
         return {"metric": "not scored", "better": "lower", "score": None, "todo": todo}
-    networks = realism.Networks.load(setting.inception, setting.clip)
-    real, files = realism.Seen(), []
-    if setting.reference:
-        real, files = realism.reference(networks, setting.reference)
+    networks, real, files = realism.load(setting.inception, setting.clip, setting.reference)
     drawn.draw(setting.way, items, setting.folder, "drawing")
     paths = [setting.folder / item.file for item in items]
     seen = realism.see(networks, paths, "drawn pictures")
@@ -286,7 +308,8 @@ BENCHMARKS: dict[str, Callable[[Setting], tuple[Report, Samples]]] = {
 }
 
 
-def open_checkpoints(
+def evaluate(
+    name: str | None,
     checkpoints: Sequence[str],
     choices: Mapping[str, Any],
     *,
@@ -294,25 +317,38 @@ def open_checkpoints(
     out: epath.Path,
     seed: int,
     weights: str,
-) -> Iterator[Setting]:
-    """The setting of each checkpoint, one at a time in memory.
+    least: float | None = None,
+    **given: Any,
+) -> Iterator[tuple[Report, Samples]]:
+    """What `run` gives of one checkpoint after the other; `name` None: that of their data.
 
-    Its images are drawn into the folder `images`, of several into one there with its name; where
-    none is named, into one beside `out` that is named for the way they are drawn, so that another
-    way has another folder. Raises UserError.
+    Images are drawn into the folder `images`, of several checkpoints into one there with the
+    checkpoint's name; where none is named, into one beside `out` that is named for benchmark,
+    prompts and the way they are drawn, so that another has another folder. `given` are fields of
+    `Setting`. Raises UserError; for what can be known of all of them, before anything is drawn.
     """
+    for checkpoint in checkpoints:
+        check_there(checkpoint)
+    if least is not None and name in ("mjhq", "coco"):
+        raise ConfigError(f"--require is for scores of which more is better, not for {name}.")
     names = [epath.Path(checkpoint).name for checkpoint in checkpoints]
     if len(set(names)) < len(names):
-        names = [f"{i:02d}_{name}" for i, name in enumerate(names)]
-    for name, checkpoint in zip(names, checkpoints, strict=True):
+        names = [f"{i:02d}_{one}" for i, one in enumerate(names)]
+
+    def one(part: str, checkpoint: str) -> tuple[Report, Samples]:
         pipeline = Pipeline.load(checkpoint, weights=weights)
         resolve(pipeline.config, **choices)  # what is wrong is said before anything is drawn
         way = Way(pipeline, seed, choices, {"checkpoint": checkpoint, "weights": weights})
+        which = name or pipeline.config.data.source
         if images is None:
-            folder = out.parent / f"{out.stem}_images" / way.checksum
+            prompts = given.get("prompts", "")
+            folder = out.parent / f"{out.stem}_images" / way.checksum(which, prompts)
         else:
-            folder = epath.Path(images) / (name if len(names) > 1 else "")
-        yield Setting(way, folder)
+            folder = epath.Path(images) / (part if len(names) > 1 else "")
+        return run(which, Setting(way, folder, **given))
+
+    for part, checkpoint in zip(names, checkpoints, strict=True):
+        yield one(part, checkpoint)  # nothing of a pipeline is left when the next one is loaded
 
 
 def write(path: epath.Path, reports: Sequence[Report], samples: Sequence[Samples]) -> None:

@@ -65,7 +65,7 @@ def command(python: str, folder: epath.Path, results: epath.Path, side: int) -> 
 
 
 def read_results(path: epath.PathLike) -> dict[str, Any]:
-    """The table of the scorer's text: score, interval, categories (of 1, not of 100), n.
+    """The table of the scorer's text, of 100: score, interval, categories; and which it is of.
 
     The score and its interval are of the lines of single prompts, the latter resampling these; the
     categories are those that the scorer sums up itself, without numbers of questions.
@@ -76,26 +76,22 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
     if not file.is_file():
         raise MissingError(f"{path}: no such results of DPG-Bench's scorer.")
     lines = file.read_text(encoding="utf-8").splitlines()
-    scores = [float(line.rsplit(", ", 1)[1]) for line in lines if _is_score(line)]
-    if not scores or not np.isfinite(scores).all():
+    found = [re.fullmatch(r"(?:.*/)?([^/]+)\.png((?:, [\d.]+)+)", line) for line in lines]
+    scores = {m[1]: 100 * float(m[2].rsplit(", ", 1)[1]) for m in found if m}
+    if not scores or not np.isfinite([*scores.values()]).all():
         raise ConfigError(f"{path} has no scores of prompts: it is no result of DPG-Bench.")
     categories = {}
     start = lines.index("L1 category scores:") + 1 if "L1 category scores:" in lines else len(lines)
     for line in lines[start:]:
-        found = re.fullmatch(r"\t(.+): ([\d.]+)", line)
-        if not found:
+        part = re.fullmatch(r"\t(.+): ([\d.]+)", line)
+        if not part:
             break
-        categories[found[1]] = {"fraction": float(found[2]) / 100, "interval": None}
+        categories[part[1]] = {"fraction": float(part[2]), "interval": None}
     return {
         "metric": "DPG score",
         "better": "higher",
-        "score": float(np.mean(scores)),
-        "interval": resampled([[[score] for score in scores]]),
+        "score": float(np.mean([*scores.values()])),
+        "interval": resampled([[[score] for score in scores.values()]]),
         "categories": categories,
-        "scored_images": PER_PROMPT * len(scores),
+        "scored": {name: PER_PROMPT for name in scores},
     }
-
-
-def _is_score(line: str) -> bool:
-    """PATH, score of each image, mean."""
-    return re.fullmatch(r".+\.png(, [\d.]+)+", line) is not None

@@ -1,8 +1,10 @@
 """Images of a benchmark in files: what a killed run has drawn is not drawn again.
 
 A folder holds the images of one checkpoint, drawn one way, as `drawn.json` in it says: it is
-refused for any other. A file gets its name when it is complete. As image i of a seed is the same
-picture in any batch, a folder that was filled in several goes is the one that was filled in one.
+refused for any other. `items.json` has a checksum of the prompt and the numbers of every file, so
+that a file is never taken for the picture of something else; files may be added. A file gets its
+name when it is complete. As image i of a seed is the same picture in any batch, a folder that was
+filled in several goes is the one that was filled in one.
 """
 
 from collections import deque
@@ -26,7 +28,7 @@ from t2i_jax.evaluation import gallery
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.progress import Progress
 
-ABOUT = "drawn.json"
+ABOUT, ITEMS = "drawn.json", "items.json"
 _WRITERS = 8  # threads that compress PNGs beside the drawing
 _MOVES = ("checkpoint",)  # a directory may be moved
 _CHUNK = 64  # images between looks at the files, at least
@@ -62,23 +64,27 @@ class Way:
         how = gallery.how_drawn(pipeline, self.options)
         return {"seed": self.seed, **how, "weights_checksum": _checksum(weights), **self.told}
 
-    @property
-    def checksum(self) -> str:
-        """Of all of it, but for where the checkpoint lies."""
-        return _checksum({key: x for key, x in self.about.items() if key not in _MOVES})
+    def checksum(self, *more: str) -> str:
+        """Of all of it and of `more`, but for where the checkpoint lies."""
+        about = {key: x for key, x in self.about.items() if key not in _MOVES}
+        return _checksum([about, *more])
 
 
 def _checksum(value: Any) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-def draw(way: Way, items: Sequence[Item], folder: epath.Path, name: str) -> None:
+def draw(
+    way: Way, items: Sequence[Item], folder: epath.Path, name: str, *, alone: bool = False
+) -> None:
     """Draws what is missing of `items`, with a progress bar called `name`.
 
-    Raises ConfigError where the folder has images that were drawn otherwise, or cannot be written.
+    Raises ConfigError where the folder has images that were drawn otherwise or are of something
+    else, with `alone` also where it has more than these, or where it cannot be written.
     """
     about = way.about
-    _claim(folder, about)
+    _claim(folder, about, items, alone=alone)
+    way.pipeline.tell_cut([item.prompt for item in items])
     missing = [item for item, gone in zip(items, _missing(folder, items), strict=True) if gone]
     total = sum(len(item.numbers) for item in items)
     there = total - sum(len(item.numbers) for item in missing)
@@ -127,24 +133,50 @@ def _joined(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
 
 
-def _claim(folder: epath.Path, about: Mapping[str, Any]) -> None:
+def _claim(
+    folder: epath.Path, about: Mapping[str, Any], items: Sequence[Item], *, alone: bool
+) -> None:
     about = json.loads(json.dumps(about))
+    asked = {item.file: _checksum([item.prompt, item.numbers]) for item in items}
     with distributed.together():
         try:
-            if (folder / ABOUT).exists():
-                was = json.loads((folder / ABOUT).read_text())
-                wrong = [k for k in about if k not in _MOVES and was.get(k) != about[k]]
-                if wrong:
-                    named = "; ".join(f"{k} = {about[k]!r}, there {was.get(k)!r}" for k in wrong)
-                    raise ConfigError(
-                        f"{folder} holds images that were drawn otherwise: {named}. Give another "
-                        "--images, or delete it."
-                    )
-            elif jax.process_index() == 0:
+            was = _read_json(folder / ABOUT)
+            there = _read_json(folder / ITEMS) or {}
+            if was is not None:
+                _refuse_others(folder, about, was, asked, there, alone=alone)
+            if jax.process_index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+                if was is None:
+                    _write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+                if not asked.keys() <= there.keys():
+                    _write_text(folder / ITEMS, json.dumps(there | asked) + "\n")
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{folder} cannot hold images: {error}.") from error
+
+
+def _refuse_others(folder, about, was, asked, there, *, alone: bool) -> None:
+    """Raises ConfigError where what is in a folder is not what is asked for."""
+    end = "Give another --images, or delete it."
+    wrong = [k for k in about if k not in _MOVES and was.get(k) != about[k]]
+    if wrong:
+        named = "; ".join(f"{k} = {about[k]!r}, there {was.get(k)!r}" for k in wrong)
+        raise ConfigError(f"{folder} holds images that were drawn otherwise: {named}. {end}")
+    other = [file for file, value in asked.items() if there.get(file, value) != value]
+    if other:
+        raise ConfigError(
+            f"{folder} holds images of other prompts, or of other numbers, {other[0]} among "
+            f"{len(other)}. {end}"
+        )
+    more = [file for file in there if file not in asked]
+    if alone and more:
+        raise ConfigError(
+            f"{folder} holds {len(more)} files more than are asked for, {more[0]} among them: the "
+            f"official scorer would take them for some of these. {end}"
+        )
+
+
+def _read_json(file: epath.Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _write_text(file: epath.Path, text: str) -> None:

@@ -38,7 +38,7 @@ def read_prompts(name: str) -> list[str]:
             raise MissingError(f"--prompts_file={name}: no such file.")
         text = file.read_bytes()
     try:
-        lines = text.decode("utf-8-sig").splitlines()
+        lines = text.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise MissingError(f"--prompts_file={name} is not UTF-8: {error}.") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -54,7 +54,7 @@ def how_drawn(pipeline: Pipeline, options: Options) -> dict[str, Any]:
         "height": options.height,
         "width": options.width,
         "steps": len(options.levels) - 1,
-        "first_level": round(float(options.levels[0]), 6),
+        "first_level": round(options.start, 6),
         "solver": options.solver,
         "guidance_scale": options.scale,
         "guidance": None if options.guidance is None else options.guidance.told(),
@@ -65,12 +65,20 @@ def save_grid(
     file: epath.Path,
     images: Sequence[np.ndarray],
     prompts: Sequence[str],
-    columns: int,
+    each: int,
     told: Mapping[str, Any],
     pipeline: Pipeline,
 ) -> None:
-    """One captioned picture of all images, with `told` of them."""
-    sheet = pictures.grid(images, prompts, columns=columns)
+    """One captioned picture of all images, `each` of a prompt, with `told` of them.
+
+    Up to eight prompts have a column each; of one, or of more, images follow each other.
+    """
+    count, columns = len(images) // each, 8
+    order = list(range(len(images)))
+    if 1 < count <= columns:
+        order, columns = [i * each + k for k in range(each) for i in range(count)], count
+    shown = [images[i] for i in order], [prompts[i] for i in order]
+    sheet = pictures.grid(*shown, columns=columns)
     save_png(file, sheet, {"prompts": list(prompts), **told}, configs.to_json(pipeline.config))
 
 

@@ -41,7 +41,7 @@ def read_prompts(path: str) -> list[Record]:
     if not file.is_file():
         raise MissingError(f"--prompts={path}: no such file. It is {WHERE}.")
     records = []
-    for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -80,7 +80,7 @@ def command(python: str, folder: epath.Path, results: epath.Path) -> list[str]:
 
 
 def read_results(path: epath.PathLike) -> dict[str, Any]:
-    """The table of the scorer's lines: score, interval, categories, n.
+    """The table of the scorer's lines: score, interval, categories; and which prompts it is of.
 
     The interval of the score resamples prompts within their kinds, whose images are not
     independent; those of the kinds are Wilson's, of images.
@@ -91,12 +91,12 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
     if not file.is_file():
         raise MissingError(f"{path}: no such results of GenEval's scorer.")
     passes: dict[str, dict[str, list[bool]]] = {kind: {} for kind in KINDS}
-    for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             result = json.loads(line)
-            about, right = json.dumps(result["metadata"]), result["correct"]
+            about, right = json.loads(result["metadata"])["prompt"], result["correct"]
             if not isinstance(right, bool):
                 raise ValueError(f"correct is {right!r}")
             passes[result["tag"]].setdefault(about, []).append(right)
@@ -113,5 +113,5 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
         "score": sum(part["fraction"] for part in categories.values()) / len(categories),
         "interval": resampled(list(kinds.values())),
         "categories": categories,
-        "scored_images": sum(part["n"] for part in categories.values()),
+        "scored": {p: len(x) for kind in passes.values() for p, x in kind.items()},
     }

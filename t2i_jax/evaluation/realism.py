@@ -9,6 +9,7 @@ each prompt of its meta_data.json) and captions of COCO or any other file of cap
 """
 
 from collections.abc import Mapping, Sequence
+import functools
 import json
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ import numpy as np
 
 from t2i_jax.errors import ConfigError, MissingError
 from t2i_jax.evaluation import distances, features
-from t2i_jax.evaluation.drawn import Item
 from t2i_jax.evaluation.statistics import Statistics, read_arrays
 from t2i_jax.progress import Progress
 
@@ -49,6 +49,13 @@ class Networks(NamedTuple):
             features.inception(inception) if inception else None,
             features.clip(clip) if clip else None,
         )
+
+
+@functools.lru_cache(maxsize=1)
+def load(inception: str, clip: str, path: str) -> tuple[Networks, "Seen", list[epath.Path]]:
+    """The networks, and what they see of the `reference` at `path` ('': nothing), once for all."""
+    networks = Networks.load(inception, clip)
+    return (networks, *reference(networks, path)) if path else (networks, Seen(), [])
 
 
 class Seen(NamedTuple):
@@ -168,14 +175,6 @@ def read_mjhq(path: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def mjhq_items(prompts: Mapping[str, tuple[str, str]]) -> list[Item]:
-    """A file in its category's folder for each prompt."""
-    return [
-        Item(f"{category}/{key}.png", prompt, (i,))
-        for i, (key, (category, prompt)) in enumerate(prompts.items())
-    ]
-
-
 def read_captions(path: str) -> dict[str, str]:
     """{name: caption}: COCO's annotations (.json), lines with 'caption' (.jsonl), or text lines.
 
@@ -190,7 +189,7 @@ def read_captions(path: str) -> dict[str, str]:
             by_image = {int(row["image_id"]): row["caption"] for row in rows}
             found = {f"{image:012d}": by_image[image] for image in sorted(by_image)}
         else:
-            lines = [line for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.split("\n") if line.strip()]
             if path.endswith(".jsonl"):
                 lines = [json.loads(line)["caption"] for line in lines]
             found = {f"{i:012d}": line for i, line in enumerate(lines)}
@@ -201,12 +200,11 @@ def read_captions(path: str) -> dict[str, str]:
     return {name: " ".join(caption.split()) for name, caption in found.items()}
 
 
-def some_of(names: Sequence[str], count: int | None, seed: int) -> list[str]:
-    """`count` of the names, drawn by the seed, in their order; None: all."""
-    if count is None or count >= len(names):
-        return list(names)
-    chosen = np.random.default_rng(seed).choice(len(names), count, replace=False)
-    return [names[i] for i in sorted(chosen)]
+def some_of(count: int, most: int | None, seed: int) -> list[int]:
+    """`most` places of `count`, drawn by the seed, in order; None: all. Those of fewer are among
+    those of more.
+    """
+    return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
 
 
 def _text(path: str, what: str) -> str:

@@ -118,10 +118,9 @@ def _arguments(config: ConfigDict, mesh: Any, size: int, chosen: options.Options
     abstract = sampler.abstract_arguments(config, mesh, chosen, size)
     everywhere = sharding.replicated(mesh)
     key = jax.device_put(jax.random.key(0), everywhere)
-    number_B, rows = sharding.put(
-        (np.arange(size, dtype=np.int32), sampler.table(chosen)), everywhere
-    )
-    made = {"start": sampler.Start(key, number_B), "rows": rows}
+    numbers, level = np.arange(size, dtype=np.int32), np.float32(chosen.start)
+    number_B, level, rows = sharding.put((numbers, level, sampler.table(chosen)), everywhere)
+    made = {"start": sampler.Start(key, number_B, level), "rows": rows}
     rest = {name: x for name, x in abstract.items() if name not in made}
     vocabulary = min(config.llm.vocab_size, config.clip.vocab_size)
     made |= synthetic.like(rest, vocabulary)

@@ -108,17 +108,13 @@ def test_rescaled_images_have_the_deviation_of_the_conditional_one(share):
 
 
 def test_cfg_zero_starts_from_the_nearest_multiple_of_the_null_velocity():
-    how = Guidance("cfg-zero", zero_steps=1)
-    np.testing.assert_array_equal(how.rows(4.0, LEVELS)["moves"], [0, 1, 1, 1])
-    found, _ = velocity(how, 5.0)
+    found, _ = velocity(Guidance("cfg-zero"), 5.0)
     v, null = both()
     for image in range(2):
         a, b = v[image].ravel(), null[image].ravel()
         (s,), *_ = np.linalg.lstsq(b[:, None], a, rcond=None)
         expected = s * b + 5 * (a - s * b)
         np.testing.assert_allclose(found[image].ravel(), expected, rtol=1e-4, atol=1e-4)
-    still, _ = velocity(how, 5.0, t=1.0)
-    np.testing.assert_array_equal(still, np.zeros(SHAPE))
 
 
 @pytest.mark.parametrize("norm", [0.0, 2.5])

@@ -113,7 +113,23 @@ def test_a_folder_of_other_images_is_refused(pipeline, tmp_path, what):
     assert contents(folder) == before
     moved = Way(pipeline, 3, {"steps": 2}, {"checkpoint": "elsewhere", "weights": "ema"})
     drawn.draw(moved, ITEMS, folder, "drawing")  # a checkpoint that was moved is the same
-    assert way(pipeline).checksum == moved.checksum != way(pipeline, seed=4).checksum
+    assert way(pipeline).checksum() == moved.checksum() != way(pipeline, seed=4).checksum()
+    assert moved.checksum("coco", "a.txt") != moved.checksum("coco", "b.txt")
+
+
+def test_a_file_is_never_taken_for_a_picture_of_something_else(pipeline, tmp_path):
+    """Other prompts or numbers under the same names are refused; more files are not."""
+    folder = epath.Path(tmp_path)
+    drawn.draw(way(pipeline), ITEMS[:2], folder, "drawing")
+    before = contents(folder)
+    for other in (Item(ITEMS[0].file, "a blue ring", (0,)), Item(ITEMS[0].file, PROMPTS[0], (7,))):
+        with pytest.raises(ConfigError, match=r"images of other prompts, or of other numbers, 0/"):
+            drawn.draw(way(pipeline), [other, ITEMS[1]], folder, "drawing")
+    assert contents(folder) == before
+    drawn.draw(way(pipeline), ITEMS, folder, "drawing", alone=True)
+    drawn.draw(way(pipeline), ITEMS[:1], folder, "drawing")
+    with pytest.raises(ConfigError, match=r"3 files more than are asked for, 1/0001.png among them"):
+        drawn.draw(way(pipeline), ITEMS[:1], folder, "drawing", alone=True)
 
 
 def test_what_cannot_be_written_or_read_is_told(pipeline, tmp_path):

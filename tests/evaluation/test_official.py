@@ -13,6 +13,7 @@ import pytest
 
 from t2i_jax.errors import ConfigError, MissingError, UserError
 from t2i_jax.evaluation import benchmarks, dpg, geneval, intervals
+from t2i_jax.evaluation import report as pages
 from t2i_jax.evaluation.benchmarks import Setting
 from t2i_jax.evaluation.drawn import Way
 from t2i_jax.pipeline import Pipeline
@@ -82,7 +83,8 @@ def test_results_of_geneval_become_its_table(tmp_path):
     passes = {"counting": [[1, 1, 0, 0], [1, 0, 0, 0]], "single_object": [[1, 1, 1, 1]]}
     (tmp_path / "results.jsonl").write_text(results_of_geneval(passes))
     found = geneval.read_results(tmp_path / "results.jsonl")
-    assert found["score"] == (3 / 8 + 1) / 2 and found["scored_images"] == 12
+    assert found["score"] == (3 / 8 + 1) / 2
+    assert found["scored"] == {"counting 0": 4, "counting 1": 4, "single_object 0": 4}
     assert found["categories"]["counting"]["fraction"] == 3 / 8
     assert found["categories"]["single object"]["n"] == 4
     low, high = found["interval"]
@@ -117,7 +119,7 @@ def test_an_official_scorer_is_run_where_it_is_installed(way, metadata, tmp_path
         scorer_args="--model-path='/a b'",
     )
     report, _ = benchmarks.run("geneval", setting)
-    assert report["score"] == 0.5 and report["scored_images"] == 16
+    assert report["score"] == 0.5 and report["scored_images"] == 16 and "pipeline" not in report
     with pytest.raises(UserError, match="scorer ended with status"):
         benchmarks.run("geneval", setting._replace(scorer_args="--model-path=/c"))
     with pytest.raises(ConfigError, match="--scorer="):
@@ -145,6 +147,18 @@ def test_dpg_has_the_files_that_its_scorer_cuts(way, tmp_path):
     assert report["num_images"] == 12 and report["score"] is None
     with pytest.raises(ConfigError, match="4 images a prompt"):
         benchmarks.run("dpg", setting._replace(num_images=6))
+    results = tmp_path / "results.txt"
+    results.write_text("/x/9.png, 1.0, 0.5, 0.5, 1.0, 0.75\n")
+    report, samples = benchmarks.run("dpg", setting._replace(results=str(results)))
+    assert report["score"] == 75 and report["scored_images"] == 4
+    assert "4 of 12 images" in report["pipeline"]
+    page = pages.html([report], [samples])
+    assert "75" in page and "4 of 12 images" in page
+    results.write_text("/x/elsewhere.png, 1.0, 0.5, 0.5, 1.0, 0.75\n")
+    with pytest.raises(ConfigError, match="results of other prompts, 'elsewhere' among them"):
+        benchmarks.run("dpg", setting._replace(results=str(results)))
+    with pytest.raises(ConfigError, match=r"4 files|2 files more than are asked for"):
+        benchmarks.run("dpg", setting._replace(num_images=4))
 
 
 def test_results_of_dpg_become_its_table(tmp_path):
@@ -157,11 +171,11 @@ def test_results_of_dpg_become_its_table(tmp_path):
     )
     (tmp_path / "results.txt").write_text(text)
     found = dpg.read_results(tmp_path / "results.txt")
-    assert found["score"] == 0.5 and found["scored_images"] == 8
-    assert found["interval"] == (0.25, 0.75)
+    assert found["score"] == 50 and found["scored"] == {"9": 4, "COCOval_7": 4}
+    assert found["interval"] == (25, 75)
     assert {k: v["fraction"] for k, v in found["categories"].items()} == {
-        "entity": 0.815,
-        "other": 0.4,
+        "entity": 81.5,
+        "other": 40.0,
     }
 
 

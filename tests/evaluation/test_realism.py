@@ -45,6 +45,7 @@ def networks():
 
 @pytest.fixture
 def setting(trained, networks, monkeypatch, tmp_path):
+    realism.load.cache_clear()
     monkeypatch.setattr(
         realism.Networks,
         "load",
@@ -153,11 +154,25 @@ def test_captions_of_coco_are_one_for_each_image(tmp_path):
         "000000000003": "the first one",
         "000000000011": "other",
     }
-    names = [f"{i}" for i in range(100)]
-    some = realism.some_of(names, 10, seed=1)
-    assert len(set(some)) == 10 and some == sorted(some, key=int)
-    assert some == realism.some_of(names, 10, seed=1) != realism.some_of(names, 10, seed=2)
-    assert realism.some_of(names, None, 0) == names
+    some = realism.some_of(100, 10, seed=1)
+    assert len(set(some)) == 10 and some == sorted(some) and 0 <= some[0] <= some[-1] < 100
+    assert some == realism.some_of(100, 10, seed=1) != realism.some_of(100, 10, seed=2)
+    assert set(some) < set(realism.some_of(100, 20, seed=1))
+    assert realism.some_of(100, None, 0) == list(range(100))
+
+
+def test_more_images_are_those_that_are_there_and_others(setting, tmp_path):
+    (tmp_path / "captions.txt").write_text("".join(f"a ring {i}\n" for i in range(9)))
+    given = {"prompts": str(tmp_path / "captions.txt"), "inception": "", "clip": ""}
+    setting = setting._replace(**given)
+    other = setting._replace(folder=epath.Path(tmp_path / "at_once"))
+    for few, place in ((3, setting), (6, setting), (6, other)):
+        benchmarks.run("coco", place._replace(num_images=few))
+    grown, once = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).glob("*.png")}
+        for name in ("images", "at_once")
+    )
+    assert grown == once and len(once) == 6
 
 
 def test_what_cannot_be_compared_is_refused(networks, real, tmp_path):
