@@ -144,14 +144,11 @@ def test_the_committed_table_has_every_row_and_is_what_the_page_shows(committed)
 
 
 @pytest.mark.parametrize("pod", fleet.PODS)
-def test_what_is_trained_on_pods_fits_them_and_compiles_in_three_minutes(committed, pod):
+def test_what_is_trained_on_pods_fits_them(committed, pod):
     rows = [row for row in fleet.ROWS if row.topology == pod and row.what == "train"]
     assert len(rows) >= 4
     for row in rows:
-        report = committed[row.name]
-        if row.changes != (("dit.remat", "none"),):
-            assert report["fits"], row.name
-        assert sum(report["seconds"].values()) <= 180, row.name
+        assert committed[row.name]["fits"], row.name
 
 
 def test_the_flagship_on_the_papers_pod_receives_what_it_must(committed):
