@@ -135,6 +135,7 @@ def get_config() -> ConfigDict:
     config.data.buckets = ()
     config.data.center_crop = True  # False: a random crop
     config.data.flip = False  # mirror half of the images; wrong where captions say left or right
+    config.data.shuffle_captions = False  # a control: every picture gets another sample's caption
     config.data.caption_dropout = 0.1  # how often the caption is replaced by ''
     config.data.instruction = ""  # put before every caption, not before the dropped one
     config.data.chat_template = False  # wrap captions in the tokenizer's, as one user turn

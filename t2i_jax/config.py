@@ -5,7 +5,8 @@ keys there are, its values give their types. Whatever is wrong is said at start,
 ConfigError, every line naming a key (t2i_jax/cli.py shows it without a traceback).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -14,6 +15,7 @@ from pathlib import Path
 import re
 import sys
 import traceback
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,6 +33,7 @@ _LATER: dict[str, Any] = {
     "sampling.apg_norm": 0.0,
     "sampling.apg_momentum": -0.5,
     "sampling.zero_steps": 1,
+    "data.shuffle_captions": False,
     "evaluation.every": 0,
     "evaluation.num_images": 300,
     "evaluation.inception": "",
@@ -68,10 +71,18 @@ def load(path: str) -> ConfigDict:
     return config.lock()
 
 
-def read(path: str) -> ConfigDict:
-    """What the file's get_config returns, unchecked."""
+def find_folder(name: str) -> Path:
+    """A folder of the checkout, such as configs/suites."""
+    found = [root / name for root in _roots() if (root / name).is_dir()]
+    if not found:
+        raise ConfigError(f"There is no folder {name} in {', '.join(map(str, _roots()))}.")
+    return found[0]
+
+
+def module(path: str) -> ModuleType:
+    """A config's file as a module. Raises ConfigError where there is none, or it fails."""
     base()
-    file, *argument = path.split(":", 1)
+    file = path.split(":", 1)[0]
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path(file).parent.glob("*.py"))
         elsewhere = (str(root / file) for root in _roots() if (root / file).is_file())
@@ -79,12 +90,30 @@ def read(path: str) -> ConfigDict:
         where = "" if Path(file).is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(f"{file}: no such config file{where}.{hint}")
     spec = importlib.util.spec_from_file_location("config_file", file)
-    module = importlib.util.module_from_spec(spec)
+    found = importlib.util.module_from_spec(spec)
+    with _failing(file):
+        spec.loader.exec_module(found)
+    return found
+
+
+def read(path: str) -> ConfigDict:
+    """What the file's get_config returns, unchecked."""
+    file, *argument = path.split(":", 1)
+    found = module(path)
+    if not hasattr(found, "get_config"):
+        raise ConfigError(f"{file} defines no get_config(): it is not a config.")
+    with _failing(file):
+        config = found.get_config(*argument)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(config)}.")
+    return config
+
+
+@contextlib.contextmanager
+def _failing(file: str) -> Iterator[None]:
+    """What goes wrong in a user's file is told with its line."""
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"{file} defines no get_config(): it is not a config.")
-        config = module.get_config(*argument)
+        yield
     except ConfigError:
         raise
     except Exception as error:
@@ -92,9 +121,6 @@ def read(path: str) -> ConfigDict:
         line = f", line {frames[-1].lineno}" if frames else ""
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         raise ConfigError(f"{file}{line}: {type(error).__name__}: {text}") from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(config)}.")
-    return config
 
 
 def to_json(config: ConfigDict) -> str:

@@ -60,6 +60,9 @@ class Source(Protocol):
 class Mixture:
     """Samples of several sources, one after the other, each with its weight.
 
+    With `shuffle_captions` every picture comes with the caption of the sample half the data away:
+    the control whose text says nothing.
+
     Attributes:
       parts: which samples are of which source, and their weights.
       damage: (file, what cannot be told of it), of all sources.
@@ -67,17 +70,22 @@ class Mixture:
       stored: whether these are latents, which have the shapes that they were stored in.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float] = (1.0,)):
-        self._sources = list(sources)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] = (1.0,),
+        shuffle_captions: bool = False,
+    ):
+        self._sources, self._shuffle_captions = list(sources), shuffle_captions
         self._starts = np.cumsum([0] + [len(source) for source in sources]).tolist()
         spans = itertools.pairwise(self._starts)
         self.parts = [Part(*span, w) for span, w in zip(spans, weights, strict=True)]
         self.damage = [d for source in sources for d in getattr(source, "damage", [])]
         self.files = sum(getattr(source, "files", 0) for source in sources)
         self.stored = any(_is_stored(source) for source in sources)
-        self.fingerprint = hashlib.blake2b(
-            " ".join(source.fingerprint for source in sources).encode(), digest_size=16
-        ).hexdigest()
+        prints = [source.fingerprint for source in sources]
+        prints += ["shuffled captions"] * shuffle_captions
+        self.fingerprint = hashlib.blake2b(" ".join(prints).encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -89,10 +97,15 @@ class Mixture:
         return self._sources[which], i - self._starts[which]
 
     def __getitem__(self, i: int) -> Mapping[str, Any]:
-        source, i = self._locate(i)
-        return source[i]
+        source, at = self._locate(i)
+        if not self._shuffle_captions:
+            return source[at]
+        own = {key: value for key, value in source[at].items() if key != "original_caption"}
+        return own | {"captions": (self.caption(i),)}
 
     def caption(self, i: int) -> str:
+        if self._shuffle_captions:
+            i = (i + len(self) // 2) % len(self)
         source, i = self._locate(i)
         return source.caption(i)
 
@@ -287,7 +300,8 @@ def make_source(config: ConfigDict, split: str) -> Mixture:
         if section.source == "latents":
             latents.check(latents.read_card(section.path), config)
     made = [SOURCES[section.source](section, split) for section, _ in mixed]
-    return Mixture(made, [weight for _, weight in mixed])
+    weights = [weight for _, weight in mixed]
+    return Mixture(made, weights, config.data.shuffle_captions)
 
 
 def captions(source: Source, n: int, seed: int) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Suites: lists of configs that are trained and compared together (launch/study.py)."""

@@ -1,0 +1,150 @@
+"""Commands on the devices at hand: one process a device, the next one when a device is free.
+
+On CPUs a device is a core: small programs use one core well, and two of them badly. Each process is
+bound to its core, so that it computes the same whatever else runs. Processes end with this one,
+however that ends: their standard input closes. SIGTERM is handed on, and waited for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from t2i_jax.errors import UserError
+from t2i_jax.training.preemption import PreemptedError
+
+_POLL = 0.1  # seconds
+# A training step of the small models is a sixth faster without one kind of fusion that XLA's CPU
+# backend tries, and another eighth if glibc keeps the memory of a step for the next one.
+_CPU = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+}
+_LOOK = "import json, jax; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A device: its name, what a process on it has in its environment, and its core."""
+
+    name: str
+    environ: Mapping[str, str]
+    core: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command; `name` is for people, `log` gets what it says."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A job that has ended: with `status`, after `seconds`."""
+
+    job: Job
+    status: int
+    seconds: float
+
+
+def slots() -> list[Slot]:
+    """The devices of this machine, looked at by a process that is gone afterwards."""
+    found = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"JAX finds no device:\n{found.stderr.strip()}")
+    platform, kind, count = json.loads(found.stdout.splitlines()[-1])
+    if platform == "cpu":
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        if cores is None:  # they cannot be told apart here
+            return [Slot(f"cpu {i}", _CPU) for i in range(os.cpu_count() or 1)]
+        return [Slot(f"core {core}", _CPU, core) for core in cores]
+    return [Slot(f"{kind} {i}", _only(platform, i)) for i in range(count)]
+
+
+def _only(platform: str, i: int) -> dict[str, str]:
+    """What shows a process the `i`-th device alone."""
+    if platform == "tpu":
+        one = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+        return one | {"TPU_VISIBLE_CHIPS": str(i)}
+    return {"CUDA_VISIBLE_DEVICES": str(i)}
+
+
+def run(jobs: Iterable[Job], places: Sequence[Slot]) -> Iterator[Done]:
+    """Runs all jobs, yielding each as it ends.
+
+    Raises PreemptedError, when the processes have ended, where this one is asked to stop.
+    """
+    waiting, running, free = iter(jobs), {}, list(places)
+    with _ending(running) as stopping:
+        while True:
+            while free and not stopping.asked and (job := next(waiting, None)) is not None:
+                slot = free.pop(0)
+                running[_start(job, slot)] = job, slot, time.monotonic()
+            if not running:
+                break
+            for process in [p for p in running if p.poll() is not None]:
+                job, slot, began = running.pop(process)
+                free.append(slot)
+                yield Done(job, process.returncode, time.monotonic() - began)
+            time.sleep(_POLL)
+    if stopping.asked:
+        raise PreemptedError("Stopped; what was done is kept. Start again to go on.")
+
+
+def _start(job: Job, slot: Slot) -> subprocess.Popen:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    environ = os.environ | slot.environ
+
+    def bind():
+        if slot.core is not None:
+            os.sched_setaffinity(0, {slot.core})
+
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.PIPE,  # closes when this process is gone
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            cwd=Path(__file__).parent.parent.parent,
+            preexec_fn=bind if slot.core is not None else None,
+        )
+
+
+class _Stopping:
+    asked = False
+
+
+@contextlib.contextmanager
+def _ending(running: Mapping[subprocess.Popen, Any]) -> Iterator[_Stopping]:
+    """SIGTERM and Ctrl-C are handed on to what runs, and nothing is left behind."""
+    stopping, before = _Stopping(), {}
+
+    def ask(*_: Any) -> None:
+        stopping.asked = True
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+
+    handler: Callable[..., None] = ask
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield stopping
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        for process in running:
+            process.kill()
+            process.wait()
