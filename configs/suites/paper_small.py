@@ -74,3 +74,116 @@ ROWS = [
     # A control: pictures with the captions of others.
     ("shuffled-captions", {"data.shuffle_captions": True}),
 ]
+
+GROUPS = {
+    "Source and attention": [
+        "baseline",
+        "cross-attention",
+        "dit-self-attention",
+        "dit-cross-attention",
+    ],
+    "Timestep conditioning": ["baseline", "adaln-single", "addition", "no-temb"],
+    "Positions": ["baseline", "1d-rope", "2d-rope", "m-rope"],
+    "Text side": ["baseline", "llm-longer", "llm-random", "clip-mod", "shuffled-captions"],
+    "Size of the DiT": ["baseline", "width-112", "width-96", "width-80", "layers-3", "layers-2"],
+    "Follow-up sources": ["baseline", "middle", "mixture"],
+}
+
+_PAPER, _RECIPE = "the paper", "the paper's final recipe"
+CLAIMS = [
+    {
+        "claim": "Deep fusion follows prompts better than the self-attention DiT",
+        "where": _PAPER,
+        "rows": ("baseline", "dit-self-attention"),
+        "measure": "score",
+        "expects": "more",
+    },
+    {
+        "claim": "Deep fusion follows prompts better than the cross-attention DiT",
+        "where": _PAPER,
+        "rows": ("baseline", "dit-cross-attention"),
+        "measure": "score",
+        "expects": "more",
+    },
+    {
+        "claim": "With the text's keys kept, deep fusion draws as fast as the self-attention DiT",
+        "where": _PAPER,
+        "rows": ("baseline", "dit-self-attention"),
+        "measure": "sample",
+        "expects": "not more",
+    },
+    {
+        "claim": "Joint attention is no worse than a cross attention of its own",
+        "where": _RECIPE,
+        "rows": ("baseline", "cross-attention"),
+        "measure": "score",
+        "expects": "not less",
+    },
+    {
+        "claim": "Timestep conditioning can go (at the published size 19% of the parameters)",
+        "where": _PAPER,
+        "rows": ("no-temb", "baseline"),
+        "measure": "score",
+        "expects": "not less",
+    },
+    {
+        "claim": "2D-RoPE beats absolute positions",
+        "where": _PAPER,
+        "rows": ("2d-rope", "baseline"),
+        "measure": "score",
+        "expects": "more",
+    },
+    {
+        "claim": "2D-RoPE beats 1D-RoPE",
+        "where": _PAPER,
+        "rows": ("2d-rope", "1d-rope"),
+        "measure": "score",
+        "expects": "more",
+    },
+    {
+        "claim": "2D-RoPE is no worse than M-RoPE",
+        "where": _RECIPE,
+        "rows": ("2d-rope", "m-rope"),
+        "measure": "score",
+        "expects": "not less",
+    },
+    {
+        "claim": "A better language model gives better pictures (Gemma 2; here: trained longer)",
+        "where": _PAPER,
+        "rows": ("llm-longer", "baseline"),
+        "measure": "score",
+        "expects": "more",
+    },
+    {
+        "claim": "CLIP's embedding in the modulation is not needed",
+        "where": _RECIPE,
+        "rows": ("clip-mod", "baseline"),
+        "measure": "score",
+        "expects": "not more",
+    },
+    {
+        "claim": "A DiT of 10/16 of the width is worse",
+        "where": _RECIPE,
+        "rows": ("width-80", "baseline"),
+        "measure": "score",
+        "expects": "less",
+    },
+    {
+        "claim": "Sharing half of the layers is worse than sharing all",
+        "where": _RECIPE,
+        "rows": ("layers-2", "baseline"),
+        "measure": "score",
+        "expects": "less",
+    },
+    {
+        "claim": "Shallow fusion has the better FID",
+        "where": _PAPER,
+        "why": "there is no FID of a world whose pictures are read exactly; held-out losses are in "
+        "the table",
+    },
+    {
+        "claim": "Instruction tuning of the language model does not help; multimodal tuning may",
+        "where": _PAPER,
+        "why": "the small language model is trained on captions alone",
+    },
+]

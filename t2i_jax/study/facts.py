@@ -1,6 +1,6 @@
 """What is known without training: a suite's settings, a row's sizes and FLOPs, the machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import datetime
 import os
 import platform
@@ -11,7 +11,7 @@ from flax.core import meta
 import jax
 
 from t2i_jax import __version__, build, flops
-from t2i_jax import config as configs
+from t2i_jax.study import controls
 from t2i_jax.study.suite import Run, Suite
 
 
@@ -31,7 +31,10 @@ def of_suite(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
         "sampling": f"{c.sampling.solver}, {c.sampling.steps} steps, "
         f"guidance {c.sampling.guidance:g}",
         "optimizer": c.optimizer.name,
+        "chance": controls.chance(c.data.image_size) if c.data.source == "scenes" else None,
         "rows": [{"name": row.name, "diff": dict(row.diff)} for row in suite.rows],
+        "groups": {heading: list(rows) for heading, rows in suite.groups.items()},
+        "claims": [dict(claim) for claim in suite.claims],
     }
 
 
@@ -95,9 +98,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def differences(config: Any, base: Any) -> Mapping[str, Any]:
-    """Keys in which a config differs from another."""
-    here, there = configs.flat(config), configs.flat(base)
-    return {key: value for key, value in here.items() if value != there[key]}

@@ -16,7 +16,7 @@ import time
 
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError, UserError
-from t2i_jax.study import facts, parts, queue, results, worker
+from t2i_jax.study import facts, parts, pictures, queue, results, worker
 from t2i_jax.study.board import Board
 from t2i_jax.study.queue import Job
 from t2i_jax.study.results import Entry
@@ -39,6 +39,7 @@ def study(
         began = time.monotonic()
         _make_parts(runs, workdir, places, board)
         _train(runs, workdir, places, board)
+        _draw(suite.runs(seeds[:1]), workdir, places, board)
         if rounds:
             _time(suite, workdir, places[:1], rounds, board)
         took = _add_time(workdir, time.monotonic() - began)
@@ -102,7 +103,7 @@ def _train(runs: Sequence[Run], workdir: Path, places, board: Board) -> None:
             board.known(run, entry)
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / worker.CONFIG).write_text(configs.to_json(run.config))
+        (folder / parts.CONFIG).write_text(configs.to_json(run.config))
         log = workdir / f"logs/{run.row.name}-seed_{run.seed}.log"
         jobs.append(Job(run.name, worker.command("run", folder), log))
         by_log[log] = run
@@ -123,6 +124,22 @@ def _train(runs: Sequence[Run], workdir: Path, places, board: Board) -> None:
             f"{len(failed)} runs ended with an error: {names}. Start again to try these again. "
             f"The last lines of the first, from {failed[0].job.log}:\n{_tail(failed[0].job.log)}"
         )
+
+
+def _draw(runs: Sequence[Run], workdir: Path, places, board: Board) -> None:
+    """Pictures by every row, of the first seed."""
+    jobs = []
+    for run in runs:
+        folder = workdir / run.folder
+        wanted = run.config.sampling.prompts and not (folder / pictures.STRIP).exists()
+        if wanted and (folder / "checkpoints").exists() and not (folder / worker.FAILED).exists():
+            log = workdir / f"logs/{run.row.name}-pictures.log"
+            jobs.append(Job(run.name, worker.command("pictures", folder), log))
+    if jobs:
+        board.say(f"pictures: {len(jobs)} rows, the same prompts and noise")
+    for done in queue.run(jobs, places):
+        if done.status:
+            raise UserError(f"{done.job.name}: no pictures.\n{_tail(done.job.log)}")
 
 
 def _asked(suite: Suite, workdir: Path, rounds: int) -> Path:

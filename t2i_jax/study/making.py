@@ -56,7 +56,8 @@ def _clip(config, scratch, source) -> Stored:
     )
     total = contrastive.STEPS
     with Progress(total, images=contrastive.BATCH, name="CLIP", unit="pairs") as bar:
-        for i, (params, loss) in enumerate(steps, 1):
+        for i, (trained, loss) in enumerate(steps, 1):
+            params = trained
             if i % 10 == 0 or i == total:
                 bar.update(i, loss=loss)
     checkpoint.save_tree(scratch / "clip", params)

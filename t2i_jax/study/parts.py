@@ -17,6 +17,7 @@ from t2i_jax import config as configs
 from t2i_jax.study.digests import digest
 
 FOLDER = "parts"
+CONFIG = "study.json"  # in a run's directory: its config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,11 @@ def _maker(config: ConfigDict, base: ConfigDict) -> ConfigDict:
 def unique(parts: Iterable[Part]) -> list[Part]:
     """Each part once, in order."""
     return list({part.name: part for part in parts}.values())
+
+
+def read(folder: epath.PathLike) -> ConfigDict:
+    """The config of a run's directory, paths of parts relative to the suite's."""
+    return configs.from_json((epath.Path(folder) / CONFIG).read_text())
 
 
 def located(config: ConfigDict, root: epath.PathLike) -> ConfigDict:

@@ -29,7 +29,11 @@ _CPU = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
 }
-_LOOK = "import json, jax; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))"
+_LOOK = """
+import json, jax
+found = jax.devices()
+print(json.dumps([found[0].platform, found[0].device_kind, len(found)]))
+"""
 
 
 @dataclasses.dataclass(frozen=True)

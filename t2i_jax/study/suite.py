@@ -5,7 +5,8 @@ A suite is a Python file like a config:
     def get_config() -> ConfigDict: ...      # what all rows share: data, steps, batch, evaluation
     ROWS = [("baseline", {}), ("wide", {"dit.width": 192}), ...]
 
-The first row is the one that the others are compared with. A diff names keys of configs/base.py;
+and, where wanted, GROUPS = {heading: [row, ...]} for the report and CLAIMS (claims.py). The first
+row is the one that the others are compared with. A diff names keys of configs/base.py;
 'pretrain.*' and 'llm.*' in it make a language model of the row's own, rows that do not differ in
 these share one. `Run.digest` names what is computed, whatever the row is called.
 """
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError
-from t2i_jax.study import parts
+from t2i_jax.study import claims, parts
 from t2i_jax.study.digests import digest
 
 FOLDER = "configs/suites"
@@ -72,11 +73,15 @@ class Suite:
     Attributes:
       name: of the file.
       base: the config that rows differ from, valid and locked.
+      groups: headings of the report, with their rows.
+      claims: as `claims.check` has them.
     """
 
     name: str
     base: ConfigDict
     rows: tuple[Row, ...]
+    groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    claims: Sequence[Mapping[str, Any]] = ()
 
     def runs(self, seeds: Sequence[int]) -> list[Run]:
         """All rows with the first seed, then with the second, ...
@@ -106,11 +111,7 @@ class Suite:
         """The suite of these rows alone, in the suite's order."""
         if not names:
             return self
-        known = [row.name for row in self.rows]
-        for name in names:
-            if name not in known:
-                near = configs.did_you_mean(difflib.get_close_matches(name, known, 1))
-                raise ConfigError(f"{self.name} has no row {name!r}: {', '.join(known)}.{near}")
+        _known(names, [row.name for row in self.rows], self.name)
         return dataclasses.replace(self, rows=tuple(r for r in self.rows if r.name in names))
 
     def shortened(self, steps: int | None) -> "Suite":
@@ -127,8 +128,28 @@ class Suite:
         return dataclasses.replace(self, base=base.lock())
 
 
-def load(name: str) -> Suite:
-    """The suite of a file, or of configs/suites/<name>.py.
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Configs that are printed with their cost, and trained on a pod: {name: file}."""
+
+    name: str
+    files: Mapping[str, Path]
+
+    def only(self, names: Sequence[str]) -> dict[str, Path]:
+        """The files of these configs alone, or all. Raises ConfigError for an unknown one."""
+        _known(names, list(self.files), self.name)
+        return {name: file for name, file in self.files.items() if not names or name in names}
+
+
+def _known(names: Sequence[str], known: Sequence[str], suite: str) -> None:
+    for name in names:
+        if name not in known:
+            near = configs.did_you_mean(difflib.get_close_matches(name, known, 1))
+            raise ConfigError(f"{suite} has no row {name!r}: {', '.join(known)}.{near}")
+
+
+def load(name: str) -> Suite | Published:
+    """The suite of a file, or of configs/suites/<name>.py; of one with CONFIGS, Published.
 
     Raises ConfigError that says what is wrong with it, or which there are.
     """
@@ -143,8 +164,16 @@ def load(name: str) -> Suite:
                 f"--suite={name}: known are {', '.join(known)}, or the path of a .py file.{near}"
             )
     module = configs.module(str(path))
+    if hasattr(module, "CONFIGS"):
+        folder = configs.find_folder("configs")
+        return Published(path.stem, {name: folder / f"{name}.py" for name in module.CONFIGS})
     rows = _rows(module, path)
-    return Suite(path.stem, configs.load(str(path)), rows)
+    names = [row.name for row in rows]
+    groups = dict(getattr(module, "GROUPS", {}))
+    if unknown := [row for group in groups.values() for row in group if row not in names]:
+        raise ConfigError(f"{path}: GROUPS names {unknown[0]!r}, which is no row.")
+    found = claims.check(getattr(module, "CLAIMS", ()), names, path)
+    return Suite(path.stem, configs.load(str(path)), rows, groups, found)
 
 
 def _rows(module: ModuleType, path: Path) -> tuple[Row, ...]:

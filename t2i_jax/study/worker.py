@@ -1,6 +1,7 @@
 """What a suite does in a process of its own, on one device:
 
     python -m t2i_jax.study.worker run DIR       trains by DIR/study.json, as launch/train.py does
+    python -m t2i_jax.study.worker pictures DIR  draws by what was trained there
     python -m t2i_jax.study.worker part DIR      makes a part (parts.py) by DIR.json
     python -m t2i_jax.study.worker speeds FILE   times the configs of FILE (speeds.py)
 
@@ -16,26 +17,35 @@ import threading
 
 from t2i_jax.training import preemption
 
-CONFIG = "study.json"  # in a run's directory: its config
-FAILED = "failed.json"  # likewise: why it can never end
+FAILED = "failed.txt"  # in a run's directory: why it can never end
 EXIT_FAILED = 4  # a run diverges, and would again
 
 
 def run(folder: Path) -> int:
     """Trains; returns the exit status."""
-    from t2i_jax import config as configs
     from t2i_jax.study import parts
     from t2i_jax.training import loop
     from t2i_jax.training.watch import NonFiniteError
 
-    config = configs.from_json((folder / CONFIG).read_text())
-    root = folder.parent.parent.parent  # DIR/runs/ROW/SEED
     try:
-        loop.train(parts.located(config, root), folder)
+        loop.train(parts.located(parts.read(folder), _root(folder)), folder)
     except NonFiniteError as error:
         (folder / FAILED).write_text(str(error))
         print(error, file=sys.stderr)
         return EXIT_FAILED
+    return 0
+
+
+def _root(folder: Path) -> Path:
+    """The suite's directory of a run's, ROOT/runs/ROW/SEED."""
+    return folder.parent.parent.parent
+
+
+def pictures(folder: Path) -> int:
+    """Draws."""
+    from t2i_jax.study import pictures
+
+    pictures.draw(folder, _root(folder))
     return 0
 
 
@@ -63,7 +73,7 @@ def speeds(file: Path) -> int:
     return 0
 
 
-KINDS = {"run": run, "part": part, "speeds": speeds}
+KINDS = {"run": run, "pictures": pictures, "part": part, "speeds": speeds}
 
 
 def main(kind: str, path: str) -> int:
