@@ -25,10 +25,11 @@ _POLL = 0.1  # seconds
 # backend tries, and another eighth if glibc keeps the memory of a step for the next one.
 _CPU = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
 }
+_CPU_FLAGS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT "
+_CPU_FLAGS += "--xla_force_host_platform_device_count=1"
 _LOOK = """
 import json, jax
 found = jax.devices()
@@ -71,9 +72,11 @@ def slots() -> list[Slot]:
     platform, kind, count = json.loads(found.stdout.splitlines()[-1])
     if platform == "cpu":
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {_CPU_FLAGS}".strip()
+        environ = {**_CPU, "XLA_FLAGS": flags}
         if cores is None:  # they cannot be told apart here
-            return [Slot(f"cpu {i}", _CPU) for i in range(os.cpu_count() or 1)]
-        return [Slot(f"core {core}", _CPU, core) for core in cores]
+            return [Slot(f"core {i}", environ) for i in range(os.cpu_count() or 1)]
+        return [Slot(f"core {core}", environ, core) for core in cores]
     return [Slot(f"{kind} {i}", _only(platform, i)) for i in range(count)]
 
 
