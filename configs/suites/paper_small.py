@@ -16,20 +16,16 @@ def get_config() -> ConfigDict:
     config = scenes.get_config().unlock()
     config.name = "paper_small"
     config.weights.clip = ""  # made of the captioned pictures
-    # Texts and pictures are an eighth as long and wide in tokens as the published ones: a base that
-    # turns as much over 4 x 4 patches as Gemma's 10,000 over 32 x 32, or M-RoPE could not tell the
-    # columns apart.
-    config.llm.rope_theta = 1e3
     config.pretrain.steps = 150
     config.dit.positions = "none"  # the table alone, as in configs/ablations/baseline.py
     # The rate stays where it is, so that a run can be read at any of its steps.
     config.optimizer.schedule = "constant"
     config.ema.decay = 0.99
-    config.train.steps = 800
-    config.checkpoint.update(every=400, keep=1)
-    config.validation.every = 100
-    config.evaluation.update(every=200, num_images=96)
-    config.sampling.update(steps=10, solver="dpmpp_2m", every=0)
+    config.train.steps = 1000
+    config.checkpoint.update(every=500, keep=1)
+    config.validation.update(every=125, timesteps=(0.1, 0.3, 0.5, 0.7, 0.9))
+    config.evaluation.update(every=250, num_images=120)
+    config.sampling.update(steps=10, solver="dpmpp_2m", every=1000)
     return config.lock()
 
 
@@ -60,7 +56,7 @@ ROWS = [
     ("2d-rope", {"dit.positions": "2d-rope", "dit.table_size": 0}),
     ("m-rope", {"dit.positions": "m-rope", "dit.table_size": 0}),
     # Which language model.
-    ("llm-longer", {"pretrain.steps": 1000}),
+    ("llm-longer", {"pretrain.steps": 1500}),
     ("llm-random", {"pretrain.steps": 0}),
     ("clip-mod", CLIP),
     # How large the DiT is.

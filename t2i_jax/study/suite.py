@@ -98,7 +98,10 @@ class Suite:
             if key not in known:
                 hint = configs.did_you_mean(configs.nearest(key, known))
                 raise ConfigError(f"row {row.name!r}: {key} is not a key of configs/base.py.{hint}")
-            config.update_from_flattened_dict({key: value})
+            try:
+                config.update_from_flattened_dict({key: value})
+            except TypeError as error:
+                raise ConfigError(f"row {row.name!r}: {key} = {value!r}: {error}") from error
         config.seed, config.name = seed, f"study/{row.name}"
         needed = parts.point(config, self.base)
         try:

@@ -1,0 +1,139 @@
+"""The report: what it says of made-up findings, and that the committed one is that of its data."""
+
+from pathlib import Path
+import shutil
+
+import pytest
+
+from t2i_jax.study import claims, commands, controls, report, results
+from t2i_jax.study.findings import Findings
+from tests.study import made
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FULL = {"baseline": [0.50, 0.54, 0.52], "good": [0.80, 0.86, 0.83], "same": [0.51, 0.54, 0.51]}
+
+
+def page(entries, tmp_path):
+    report.write(entries, tmp_path / "page.md")
+    return (tmp_path / "page.md").read_text()
+
+
+# --- the committed study ---
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return results.read(DOCS / "study" / results.NAME)
+
+
+def test_the_committed_study_is_made_again_from_its_results(committed, tmp_path):
+    (tmp_path / "study").mkdir()
+    if (DOCS / "study" / report.SHEET).exists():  # needs the trained models
+        shutil.copy(DOCS / "study" / report.SHEET, tmp_path / "study")
+    commands.again(str(DOCS / "study" / results.NAME), str(tmp_path / "study.md"))
+    assert (tmp_path / "study.md").read_text() == (DOCS / "study.md").read_text()
+    for name in (results.NAME,):
+        assert (tmp_path / "study" / name).read_text() == (DOCS / "study" / name).read_text()
+    pictures = {file.name for file in (DOCS / "study").glob("*.png")}
+    assert pictures == {file.name for file in (tmp_path / "study").glob("*.png")}
+
+
+def test_the_committed_study_is_whole(committed):
+    found = Findings(committed)
+    seeds = found.suite["seeds"]
+    assert len(seeds) >= 3 and not found.failed
+    assert list(found.diffs) == found.rows == list(found.speeds)
+    assert all(sorted(found.runs[row]) == seeds for row in found.rows)
+    assert found.machine["commit"] and found.machine["seconds"] > 0
+
+
+def test_its_controls_came_out_right(committed):
+    found = controls.check(Findings(committed))
+    assert len(found) == 5 and all(control.passed for control in found)
+
+
+def test_its_designs_are_neither_at_the_floor_nor_at_the_ceiling(committed):
+    found = Findings(committed)
+    scores = {row: r.value for row, r in found.means(found.scores).items()}
+    chance = found.suite["chance"][0] / found.suite["chance"][1]
+    assert 10 * chance < scores[found.first] < 0.9
+    assert max(scores.values()) < 0.95
+    clear = [row for row, d in found.against_first(found.scores).items() if d.sign == "clear"]
+    assert set(clear) - set(found.floor)  # it separates designs
+
+
+def test_no_claim_without_a_figure(committed):
+    text = (DOCS / "study.md").read_text()
+    for verdict in claims.judge(Findings(committed)):
+        line = next(
+            line for line in text.splitlines() if line.startswith(f"| {verdict.claim['claim']}")
+        )
+        assert "why" in verdict.claim or "±" in line or " x " in line
+        assert verdict.word in line
+
+
+# --- made-up findings ---
+
+
+def test_differences_stand_in_their_weight(tmp_path):
+    text = page([*made.entries(FULL), made.MACHINE], tmp_path)
+    lines = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert "**+0.310**" in text and "0.520 ±" in text
+    same = next(line for line in text.splitlines() if line.startswith("| `same`"))
+    assert "+0.000 ±" in same and "*" not in same
+    assert set(lines) == set(FULL)
+    assert "a CPU, 2 cores, 2 runs at a time, in 1.0 hours, 2026-01-01" in text
+
+
+def test_equal_flops_read_both_at_the_cheaper_ones(tmp_path):
+    entries = made.entries(FULL)
+    for entry in entries:
+        if entry["kind"] == "row" and entry["row"] == "good":
+            entry["train_flops"] = {"dit": 2e9}
+    found = Findings(entries).at_equal_flops()["good"]
+    # `good` is read at step 50 of 100, where it has half of its score.
+    assert found.value == pytest.approx(0.83 / 2 - 0.52)
+
+
+def test_what_there_is_nothing_of_is_left_out(tmp_path):
+    entries = made.entries({"only": [0.5]})
+    entries[-1] |= {"score": None, "categories": {}, "controls": {}}
+    entries[-1]["curves"]["score"] = []
+    text = page(entries, tmp_path)
+    assert "## Speed" not in text and "## Claims" not in text and "score" not in text.split("##")[2]
+
+
+def test_a_run_that_diverged_is_told(tmp_path):
+    entries = made.entries(FULL)
+    failed = {"kind": "run", "row": "good", "seed": 3, "digest": "d", "failed": "Step 7: loss nan"}
+    text = page([*entries, failed], tmp_path)
+    assert "`good`, seed 3, diverged: Step 7: loss nan" in text
+
+
+def test_one_file_always_gives_one_page(tmp_path):
+    entries = [*made.entries(FULL), made.speed("baseline", 1.0), made.speed("good", 1.2)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        page(entries, folder)
+    for file in one.rglob("*.*"):
+        assert file.read_bytes() == (two / file.relative_to(one)).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no entry of kind 'suite'"),
+        ("{}\n", "line 1 is not an entry"),
+        ("nonsense\n", "line 1 is not an entry"),
+    ],
+)
+def test_files_that_are_no_findings(tmp_path, text, message):
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        commands.again(str(tmp_path / "results.jsonl"), None)
+
+
+def test_findings_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        page(made.entries({"first": [0.1]})[:2], tmp_path)
