@@ -45,7 +45,11 @@ def describe(config: ConfigDict, workdir, mesh: Mesh) -> str:
             + (" and the instruction's" if c.data.instruction or c.data.chat_template else "")
             + (f"; or {', '.join(c.data.buckets)} px" if c.data.buckets else ""),
         ),
-        ("data", f"{source}; captions dropped {c.data.caption_dropout:.0%}"),
+        (
+            "data",
+            f"{source}; captions dropped {c.data.caption_dropout:.0%}"
+            + (", and those of other samples: a control" if c.data.shuffle_captions else ""),
+        ),
         ("mesh", f"{mesh.size} {kind}: {grid}"),
         (
             "batch",

@@ -90,6 +90,8 @@ GROUPS = {
 }
 
 _PAPER, _RECIPE = "the paper", "the paper's final recipe"
+# Relative positions alone: docs/architecture.md, 'A table of absolute positions'.
+_ROTARY = "over 4 x 4 patches the low frequencies, all that M-RoPE's columns have, hardly turn"
 CLAIMS = [
     {
         "claim": "Deep fusion follows prompts better than the self-attention DiT",
@@ -132,6 +134,7 @@ CLAIMS = [
         "rows": ("2d-rope", "baseline"),
         "measure": "score",
         "expects": "more",
+        "note": _ROTARY,
     },
     {
         "claim": "2D-RoPE beats 1D-RoPE",
@@ -139,6 +142,7 @@ CLAIMS = [
         "rows": ("2d-rope", "1d-rope"),
         "measure": "score",
         "expects": "more",
+        "note": _ROTARY,
     },
     {
         "claim": "2D-RoPE is no worse than M-RoPE",
@@ -146,6 +150,7 @@ CLAIMS = [
         "rows": ("2d-rope", "m-rope"),
         "measure": "score",
         "expects": "not less",
+        "note": _ROTARY,
     },
     {
         "claim": "A better language model gives better pictures (Gemma 2; here: trained longer)",

@@ -11,7 +11,7 @@ A suite's CLAIMS are dicts:
 A claim of 'more' agrees where the row has more beyond the interval, and is contradicted where it
 has less beyond it. One of 'not less' can agree only where a loss of MARGIN can be ruled out, too:
 no difference seen is not the same as none. What no small world can say is UNTESTED: such claims
-have no rows, and a reason instead.
+have no rows, and a reason instead ('why'). A 'note' says what else a reader should know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +42,9 @@ def check(claims: Any, rows: Sequence[str], path: Any) -> list[dict[str, Any]]:
     """The claims of a suite's file. Raises ConfigError for one that cannot be judged."""
     out = []
     for claim in claims:
-        wanted = {"claim", "where"} | (
-            {"why"} if "why" in claim else {"rows", "measure", "expects"}
-        )
-        if not isinstance(claim, Mapping) or set(claim) != wanted:
+        judged = {"why"} if "why" in claim else {"rows", "measure", "expects"}
+        wanted = {"claim", "where"} | judged
+        if not isinstance(claim, Mapping) or set(claim) - {"note"} != wanted:
             raise ConfigError(f"{path}: {claim!r} in CLAIMS must have {', '.join(sorted(wanted))}.")
         if "why" not in claim:
             absent = [row for row in claim["rows"] if row not in rows]

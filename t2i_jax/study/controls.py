@@ -45,8 +45,8 @@ def check(f: Findings) -> list[Control]:
     found = [
         Control(
             True,
-            f"Perfect pictures of other prompts satisfy a prompt {perfect:.2%} of the time: that is "
-            "chance.",
+            f"Perfect pictures of other prompts satisfy a prompt {perfect:.2%} of the time: "
+            "that is chance.",
         )
     ]
     for name, what in (

@@ -157,6 +157,8 @@ def _claims(f: Findings) -> list[str]:
             told = told or f"`{one}` - `{other}`: "
             told += _ratio(seen) if claim["measure"] != "score" else _delta(seen, plain=True)
         verdict = f"{certain} {word}".strip() if certain else word
+        if "note" in claim:
+            verdict += f"; {claim['note']}"
         lines.append(_line([claim["claim"], claim["where"], told, verdict]))
     return lines
 

@@ -76,6 +76,18 @@ def test_scenes_and_digits():
             assert sample["captions"][0] == source.caption(size - 1)
 
 
+def test_shuffled_captions_are_those_of_samples_half_the_data_away(tmp_path):
+    path = write_shards(tmp_path, 2, 3)
+    options = {"path": path, "validation_size": 1, "original_caption_rate": 0.5}
+    own = sources.make_source(config_of(**options), "train")
+    other = sources.make_source(config_of(**options, shuffle_captions=True), "train")
+    assert len(own) == len(other) == 5 and own.fingerprint != other.fingerprint
+    for i in range(5):
+        assert other[i]["image"] == own[i]["image"] and other.name(i) == own.name(i)
+        assert other[i]["captions"] == (other.caption(i),) == (own.caption((i + 2) % 5),)
+        assert "original_caption" not in other[i]
+
+
 def test_wrong_names_and_sizes(tmp_path):
     with pytest.raises(ValueError, match=r"'webdatset'.*Did you mean 'webdataset'\?"):
         sources.make_source(config_of(source="webdatset"), "train")

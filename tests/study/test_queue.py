@@ -1,5 +1,6 @@
 """Jobs on devices: real processes, bound, asked to stop, and gone with who started them."""
 
+import itertools
 import os
 from pathlib import Path
 import signal
@@ -33,7 +34,7 @@ def test_every_job_runs_once_two_at_a_time(tmp_path):
         spans.append((where, float(start), float(end)))
     for where in "12":  # on one device never two at once
         own = sorted(span[1:] for span in spans if span[0] == where)
-        assert own and all(a[1] <= b[0] for a, b in zip(own, own[1:], strict=False))
+        assert own and all(a[1] <= b[0] for a, b in itertools.pairwise(own))
     assert all(done.seconds >= 0.3 for done in found.values())
 
 
@@ -95,7 +96,8 @@ threading.Thread(target=worker._leave_with_parent, daemon=True).start()
 (folder / "started").write_text(str(__import__("os").getpid()))
 time.sleep(60)
 '''
-jobs = [Job(str(i), [sys.executable, "-c", program, str(folder)], folder / f"{i}.log") for i in range(2)]
+command = [sys.executable, "-c", program, str(folder)]
+jobs = [Job(str(i), command, folder / f"{i}.log") for i in range(2)]
 try:
     for done in queue.run(jobs, [Slot("one", {})]):
         print("ended", done.job.name, done.status, flush=True)
