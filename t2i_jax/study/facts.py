@@ -63,7 +63,7 @@ def _conditioning(trained: Any) -> int:
 
 
 def machine(places: int, place: str, seconds: float) -> dict[str, Any]:
-    """Where and with what a suite ran; `seconds` of all its starts."""
+    """Where and with what a suite ran; `seconds` of all trainings, one device each."""
     return {
         "kind": "machine",
         "devices": places,

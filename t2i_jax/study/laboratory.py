@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 from pathlib import Path
-import time
 
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError, UserError
@@ -21,6 +20,7 @@ from t2i_jax.study.board import Board
 from t2i_jax.study.queue import Job
 from t2i_jax.study.results import Entry
 from t2i_jax.study.suite import Run, Suite
+from t2i_jax.training import history
 
 _LOGGED = 12  # last lines of a log that are shown
 
@@ -36,14 +36,13 @@ def study(
     runs = suite.runs(seeds)
     with _alone(workdir):
         places = queue.slots()
-        began = time.monotonic()
         _make_parts(runs, workdir, places, board)
         _train(runs, workdir, places, board)
         _draw(suite.runs(seeds[:1]), workdir, places, board)
         if rounds:
             _time(suite, workdir, places[:1], rounds, board)
-        took = _add_time(workdir, time.monotonic() - began)
         entries = findings(suite, workdir, seeds, rounds)
+        took = sum(history.seconds(workdir / run.folder) for run in runs)
         entries.append(facts.machine(len(places), places[0].name, took))
         results.write(workdir / results.NAME, entries)
     return entries
@@ -162,14 +161,6 @@ def _time(suite: Suite, workdir: Path, places, rounds: int, board: Board) -> Non
         if done.status:
             raise UserError(f"The speeds were not measured.\n{_tail(done.job.log)}")
         board.say(f"  measured in {done.seconds:.0f} s")
-
-
-def _add_time(workdir: Path, seconds: float) -> float:
-    """Seconds that the suite has taken in all, over its starts."""
-    file = workdir / "seconds.txt"
-    before = float(file.read_text()) if file.exists() else 0.0
-    file.write_text(f"{before + seconds:.0f}")
-    return before + seconds
 
 
 def _tail(log: Path) -> str:

@@ -81,11 +81,13 @@ def slots() -> list[Slot]:
 
 
 def _only(platform: str, i: int) -> dict[str, str]:
-    """What shows a process the `i`-th device alone."""
+    """What shows a process the `i`-th alone of the devices that this one may see."""
+    variable = "TPU_VISIBLE_CHIPS" if platform == "tpu" else "CUDA_VISIBLE_DEVICES"
+    seen = [name for name in os.environ.get(variable, "").split(",") if name]
+    shown = {variable: seen[i] if seen else str(i)}
     if platform == "tpu":
-        one = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
-        return one | {"TPU_VISIBLE_CHIPS": str(i)}
-    return {"CUDA_VISIBLE_DEVICES": str(i)}
+        shown |= {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+    return shown
 
 
 def run(jobs: Iterable[Job], places: Sequence[Slot]) -> Iterator[Done]:

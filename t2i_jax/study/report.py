@@ -75,12 +75,13 @@ def _head(f: Findings, folder: str) -> list[str]:
         f"says. All numbers are from [results.jsonl]({folder}/{results.NAME}).",
     ]
     if m:
-        hours = m["seconds"] / 3600
+        each, side = m["seconds"] / runs / 60, m["devices"]
         lines += [
             "",
-            f"Made on {m['cpu']}, {m['devices']} run{'s' * (m['devices'] > 1)} at a time, in "
-            f"{hours:.1f} hours, {m['date']}; t2i_jax {m['t2i_jax']}, commit `{m['commit']}`, "
-            f"jax {m['jax']}, Python {m['python']}.",
+            f"Made on {m['cpu']}: {side} training{'s' * (side > 1)} at a time, each on one "
+            f"{m['device']} and {each:.1f} minutes long, {m['seconds'] / 3600:.1f} hours in all "
+            f"({m['date']}; t2i_jax {m['t2i_jax']}, commit `{m['commit']}`, jax {m['jax']}, Python "
+            f"{m['python']}).",
         ]
     for row, by_seed in f.failed.items():
         for seed, entry in by_seed.items():
@@ -178,7 +179,7 @@ def _speeds(f: Findings) -> list[str]:
     lines = [
         "## Speed",
         "",
-        f"All rows in turns on one device, {any_entry['rounds']} rounds, ratios to `{f.first}` by "
+        f"All rows in turns on one {f.machine.get('device', 'device')}, {any_entry['rounds']} rounds, ratios to `{f.first}` by "
         "round with 95% intervals; below 1 is faster. Training: a step of "
         f"{any_entry['batch_size']} pictures. Drawing: {any_entry['images']} pictures with "
         "guidance, the text read once for all steps; last column: how many times as long that "

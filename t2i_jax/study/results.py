@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from t2i_jax import checkpoint
 from t2i_jax.errors import MissingError
 from t2i_jax.study import worker
 from t2i_jax.study.suite import Run
@@ -26,12 +27,12 @@ _CURVES = ("score", "validation_loss")
 
 
 def of_run(run: Run, folder: epath.Path) -> Entry | None:
-    """What a run has found; None unless it has ended. A run that diverged says how."""
+    """What a run has found; None unless its last step is saved. A run that diverged says how."""
     entry = {"kind": "run", "row": run.row.name, "seed": run.seed, "digest": run.digest}
     steps = run.config.train.steps
     if (folder / worker.FAILED).exists():
         return entry | {"failed": (folder / worker.FAILED).read_text()}
-    if not (folder / "metrics.jsonl").exists():
+    if not _saved(folder, steps):
         return None
     metrics = read_metrics(folder)
     last: dict[str, Any] = {}
@@ -60,6 +61,13 @@ def of_run(run: Run, folder: epath.Path) -> Entry | None:
         },
         "curves": curves,
     }
+
+
+def _saved(folder: epath.Path, step: int) -> bool:
+    try:
+        return checkpoint.find(folder)[1] == step
+    except MissingError:
+        return False
 
 
 def write(path: epath.PathLike, entries: Iterable[Mapping[str, Any]]) -> None:

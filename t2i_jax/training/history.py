@@ -78,6 +78,14 @@ def goodput(workdir: epath.PathLike, now: float | None = None) -> float:
     return _goodput(events, events[-1]["time"] if now is None else now)
 
 
+def seconds(workdir: epath.PathLike) -> float:
+    """How long the starts of a run have taken together, each until its last event."""
+    events = jsonlines.read(epath.Path(workdir) / FILE)
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    spans = zip(starts, [*starts[1:], len(events)], strict=True)
+    return sum(events[last - 1]["time"] - events[first]["time"] for first, last in spans)
+
+
 def _goodput(events: Sequence[Mapping[str, Any]], now: float) -> float:
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     good, kept = 0.0, None  # up to which step, as what came later says

@@ -72,6 +72,8 @@ def test_other_devices_are_shown_one_by_one(monkeypatch):
         ("NVIDIA H200 0", {"CUDA_VISIBLE_DEVICES": "0"}, None),
         ("NVIDIA H200 1", {"CUDA_VISIBLE_DEVICES": "1"}, None),
     ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [slot.environ["CUDA_VISIBLE_DEVICES"] for slot in queue.slots()] == ["5", "7"]
     monkeypatch.setattr(queue, "_LOOK", """print('["tpu", "TPU v4", 4]')""")
     assert [slot.environ["TPU_VISIBLE_CHIPS"] for slot in queue.slots()] == list("0123")
 

@@ -82,7 +82,7 @@ def test_differences_stand_in_their_weight(tmp_path):
     same = next(line for line in text.splitlines() if line.startswith("| `same`"))
     assert "+0.000 ±" in same and "*" not in same
     assert set(lines) == set(FULL)
-    assert "a CPU, 2 cores, 2 runs at a time, in 1.0 hours, 2026-01-01" in text
+    assert "on a CPU, 2 cores: 2 trainings at a time, each on one core and 6.7 minutes" in text
 
 
 def test_equal_flops_read_both_at_the_cheaper_ones(tmp_path):
