@@ -176,10 +176,11 @@ def _speeds(f: Findings) -> list[str]:
     if not f.speeds:
         return []
     any_entry = next(iter(f.speeds.values()))
+    device, rounds = f.machine.get("device", "device"), any_entry["rounds"]
     lines = [
         "## Speed",
         "",
-        f"All rows in turns on one {f.machine.get('device', 'device')}, {any_entry['rounds']} rounds, ratios to `{f.first}` by "
+        f"All rows in turns on one {device}, {rounds} rounds, ratios to `{f.first}` by "
         "round with 95% intervals; below 1 is faster. Training: a step of "
         f"{any_entry['batch_size']} pictures. Drawing: {any_entry['images']} pictures with "
         "guidance, the text read once for all steps; last column: how many times as long that "
