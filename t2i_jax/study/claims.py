@@ -20,20 +20,32 @@ from typing import Any, NamedTuple
 
 from t2i_jax.errors import ConfigError
 from t2i_jax.study.findings import Findings
-from t2i_jax.study.readings import CLEAR, OPEN, Difference
+from t2i_jax.study.readings import Difference
 
 MEASURES = ("score", "validation_loss", "sample")
 EXPECTS = ("more", "less", "not more", "not less")
 MARGIN = {"score": 0.05, "validation_loss": math.log(1.05), "sample": math.log(1.05)}
 AGREES, CONTRADICTS, UNDECIDED = "agrees", "contradicted", "not separated"
 UNTESTED = "not tested"
+ROUNDS = 6  # of timing, below which the extremes are no interval of 95%
+
+
+class Seen(NamedTuple):
+    """What was seen of two rows: of losses and times, the logarithm of their ratio.
+
+    `interval` is of this comparison alone, `joint` of all of the same measure at once.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    joint: tuple[float, float]
 
 
 class Verdict(NamedTuple):
-    """A claim, the difference that was seen (of the logarithm, for losses and times), the word."""
+    """A claim, what was seen of it, the word, and how certain that is."""
 
     claim: Mapping[str, Any]
-    seen: Difference | None
+    seen: Seen | None
     word: str
     certain: str
 
@@ -59,23 +71,15 @@ def check(claims: Any, rows: Sequence[str], path: Any) -> list[dict[str, Any]]:
 def judge(findings: Findings) -> list[Verdict]:
     """A verdict on each claim of the suite, those of one measure judged all at once."""
     claims = findings.suite.get("claims", [])
-    seen = {
-        measure: findings.against(_pairs(claims, measure), values)
-        for measure, values in (("score", findings.scores), ("validation_loss", findings.losses))
-    }
-    seen["sample"] = {
-        pair: found for pair in _pairs(claims, "sample") if (found := _times(findings, *pair))
-    }
+    found: dict[str, dict[tuple[str, str], Seen]] = {"sample": _times(findings, claims)}
+    for measure, values in (("score", findings.scores), ("validation_loss", findings.losses)):
+        against = findings.against(_pairs(claims, measure), values)
+        found[measure] = {p: _around(d) for p, d in against.items() if d.half is not None}
     out = []
     for claim in claims:
-        if "why" in claim:
-            out.append(Verdict(claim, None, UNTESTED, ""))
-            continue
-        found = seen[claim["measure"]].get(tuple(claim["rows"]))
-        if found is None or found.half is None:
-            out.append(Verdict(claim, found, UNTESTED, ""))
-            continue
-        out.append(Verdict(claim, found, *_word(found, claim["expects"], MARGIN[claim["measure"]])))
+        seen = None if "why" in claim else found[claim["measure"]].get(tuple(claim["rows"]))
+        word = (UNTESTED, "") if seen is None else _word(seen, claim)
+        out.append(Verdict(claim, seen, *word))
     return out
 
 
@@ -83,28 +87,42 @@ def _pairs(claims: Sequence[Mapping[str, Any]], measure: str) -> list[tuple[str,
     return [tuple(claim["rows"]) for claim in claims if claim.get("measure") == measure]
 
 
-def _word(seen: Difference, expects: str, margin: float) -> tuple[str, str]:
+def _around(found: Difference) -> Seen:
+    alone, joint = found.half, found.all_at_once
+    value = found.value
+    return Seen(value, (value - alone, value + alone), (value - joint, value + joint))
+
+
+def _word(seen: Seen, claim: Mapping[str, Any]) -> tuple[str, str]:
     """(AGREES, CONTRADICTS or UNDECIDED; how certainly)."""
-    upwards = expects.endswith("more")
-    value = seen.value if upwards else -seen.value
-    certain = "clearly" if seen.sign == CLEAR else "likely"
-    if not expects.startswith("not"):
-        if seen.sign == OPEN:
-            return UNDECIDED, ""
-        return (AGREES if value > 0 else CONTRADICTS), certain
-    if seen.sign != OPEN and value > 0:
-        return CONTRADICTS, certain
-    if value + seen.half <= margin:
-        return AGREES, "clearly" if value + seen.all_at_once <= margin else "likely"
+    expects = claim["expects"]
+    if expects.endswith("less"):  # mirrored, 'less' is 'more'
+        seen = Seen(-seen.value, *((-high, -low) for low, high in (seen.interval, seen.joint)))
+    if expects.startswith("not"):
+        margin = MARGIN[claim["measure"]]
+        agrees, contradicts = (lambda i: i[1] <= margin), (lambda i: i[0] > 0)
+    else:
+        agrees, contradicts = (lambda i: i[0] > 0), (lambda i: i[1] < 0)
+    for word, holds in ((CONTRADICTS, contradicts), (AGREES, agrees)):
+        if holds(seen.interval):
+            return word, "clearly" if holds(seen.joint) else "likely"
     return UNDECIDED, ""
 
 
-def _times(findings: Findings, row: str, other: str) -> Difference | None:
-    """The logarithm of a ratio of sampling times; its interval is that of rounds, not of seeds."""
-    if row not in findings.speeds or other not in findings.speeds:
-        return None
-    one, two = (findings.speeds[name]["sample"] for name in (row, other))
-    value = math.log(one["ratio"] / two["ratio"])
-    # Both are ratios to the first row, whose own is 1.
-    half = sum(math.log(x["high"] / x["low"]) / 2 for x in (one, two))
-    return Difference(value, half, half, 1)
+def _times(findings: Findings, claims: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Seen]:
+    """Logarithms of ratios of sampling times. Their intervals are those of rounds, not of seeds.
+
+    Too few rounds have none; with several claims on times none is clear.
+    """
+    pairs, out = _pairs(claims, "sample"), {}
+    for pair in pairs:
+        if not all(row in findings.speeds for row in pair):
+            continue
+        one, two = (findings.speeds[row] for row in pair)
+        if min(one["rounds"], two["rounds"]) < ROUNDS:
+            continue
+        one, two = one["sample"], two["sample"]  # ratios to the first row, whose own is 1
+        ends = math.log(one["low"] / two["high"]), math.log(one["high"] / two["low"])
+        joint = ends if len(pairs) == 1 else (-math.inf, math.inf)
+        out[pair] = Seen(math.log(one["ratio"] / two["ratio"]), ends, joint)
+    return out

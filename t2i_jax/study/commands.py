@@ -21,6 +21,7 @@ class Options:
     seeds: Sequence[str] = ("0", "1", "2")
     steps: int | None = None
     rounds: int = 15
+    parallel: int | None = None
     out: str | None = None
     launch: bool = False
     chip: str = "v4"
@@ -48,10 +49,12 @@ def study(name: str, workdir: str | None, options: Options) -> None:
 def _run(suite: suites.Suite, folder: Path, options: Options) -> None:
     """Raises UserError where a control came out wrong, when all is written."""
     seeds = _seeds(options.seeds)
-    page = Path(options.out or folder / "study.md")
+    page, folder = Path(options.out or folder / "study.md"), folder.absolute()
     _check(page)
     board = Board(suite, seeds)
-    entries = laboratory.study(suite, folder, seeds, rounds=options.rounds, board=board)
+    entries = laboratory.study(
+        suite, folder, seeds, rounds=options.rounds, parallel=options.parallel, board=board
+    )
     findings = Findings(entries)
     runs = {run.row.name: folder / run.folder for run in suite.runs(seeds[:1])}
     prompts = list(suite.base.sampling.prompts)

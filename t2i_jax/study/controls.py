@@ -3,17 +3,20 @@
 - Pictures against the prompts of other pictures, and pictures of the empty prompt, are right as
   often as by chance: no more often than perfect pictures of other prompts are (`chance`).
 - So are pictures of a row that was trained with the captions of others.
-- A row `llm-random`, whose language model has random weights, is not better than the first row.
+- A row whose language model has random weights is not better than one that differs from it in the
+  language model's training alone.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from t2i_jax.evaluation.intervals import wilson
 from t2i_jax.study.findings import Findings
 
-RANDOM = "llm-random"
+_LEVEL = 0.05
 _PAIRS = 2000  # of pictures and prompts that chance is measured on
 
 
@@ -40,41 +43,59 @@ def check(f: Findings) -> list[Control]:
     """The controls that the findings have something for."""
     if not f.scored or not f.suite.get("chance"):
         return []
-    limit = wilson(*f.suite["chance"])[1]
-    perfect = f.suite["chance"][0] / f.suite["chance"][1]
-    found = [
-        Control(
-            True,
-            f"Perfect pictures of other prompts satisfy a prompt {perfect:.2%} of the time: "
-            "that is chance.",
-        )
-    ]
-    for name, what in (
-        ("shuffled", "Pictures against the prompts of others"),
-        ("null", "Pictures of the empty prompt"),
-    ):
-        shares = [run["controls"][name] for row in f.rows for run in f.runs[row].values()]
-        found.append(_at_chance(f"{what}, of all runs,", shares, f.suite["images"], limit))
-    for row in f.floor:
-        shares = list(f.scores[row].values())
-        what = f"`{row}`, trained with the captions of other pictures,"
-        found.append(_at_chance(what, shares, f.suite["images"], limit))
-    if RANDOM in f.rows and f.first != RANDOM:
-        seen = f.against([(RANDOM, f.first)], f.scores)[RANDOM, f.first]
-        passed = seen.half is None or seen.value <= seen.half
-        words = "not better than" if passed else "BETTER than"
-        within = "" if seen.half is None else f" ± {seen.half:.3f}"
-        told = f"`{RANDOM}`, whose language model has random weights, is {words} `{f.first}`: "
-        found.append(Control(passed, f"{told}{seen.value:+.3f}{within}."))
+    right, count = f.suite["chance"]
+    told = f"Perfect pictures of other prompts satisfy a prompt {right / count:.2%} of the time: "
+    found = [Control(True, told + "that is chance.")]
+    found.append(_every_row(f, "Pictures against the prompts of others", "shuffled"))
+    found.append(_every_row(f, "Pictures of the empty prompt", "null"))
+    for row in f.controls:
+        passed, seen = _at_chance(f, list(f.scores[row].values()), 1)
+        what = f"`{row}`, trained with the captions of other pictures, satisfies a prompt {seen}"
+        found.append(Control(passed, f"{what}: {'chance' if passed else 'ABOVE chance'}."))
+    return found + _random(f)
+
+
+def _every_row(f: Findings, what: str, name: str) -> Control:
+    """A control of every row; told is the one that scores most."""
+    shares = {row: [run["controls"][name] for run in f.runs[row].values()] for row in f.rows}
+    worst = max(shares, key=lambda row: sum(shares[row]) / len(shares[row]))
+    results = {row: _at_chance(f, found, len(shares)) for row, found in shares.items()}
+    wrong = [row for row, (passed, _) in results.items() if not passed]
+    told = f"{what} satisfy a prompt at most (`{worst}`) {results[worst][1]}"
+    if wrong:
+        return Control(False, f"{told}: ABOVE chance for {', '.join(wrong)}.")
+    return Control(True, f"{told}: chance, for every row.")
+
+
+def _at_chance(f: Findings, shares: list[float], tests: int) -> tuple[bool, str]:
+    """Whether some scores are not above chance, as one of so many tests; and what was seen."""
+    right, count = f.right(shares)
+    by_chance, of = f.suite["chance"]
+    # Fisher's exact test of two proportions, this one the larger.
+    table = [[right, count - right], [by_chance, of - by_chance]]
+    p = stats.fisher_exact(table, alternative="greater").pvalue
+    low, high = wilson(right, count)
+    return p > _LEVEL / tests, f"{right} of {count:,} times (95%: {low:.2%} to {high:.2%})"
+
+
+def _random(f: Findings) -> list[Control]:
+    """Rows of a language model that was never trained, and those that it is compared with."""
+    found = []
+    for row in f.rows:
+        own = dict(f.diffs[row])
+        if own.pop("pretrain.steps", None) != 0:
+            continue
+        others = [r for r in f.rows if r != row and _without_pretraining(f.diffs[r]) == own]
+        for other in others:
+            seen = f.against([(row, other)], f.scores).get((row, other))
+            if seen is None or seen.half is None:
+                continue  # one seed cannot tell
+            passed = seen.value <= seen.half
+            words = "not better than" if passed else "BETTER than"
+            told = f"`{row}`, whose language model has random weights, is {words} `{other}`: "
+            found.append(Control(passed, f"{told}{seen.value:+.3f} ± {seen.half:.3f}."))
     return found
 
 
-def _at_chance(what: str, shares: list[float], images: int, limit: float) -> Control:
-    """Whether the mean of some scores, each of so many pictures, is not above chance."""
-    count = len(shares) * images
-    right = round(sum(shares) * images)
-    low, high = wilson(right, count)
-    passed = low <= limit
-    words = "chance" if passed else "ABOVE chance"
-    told = f"{right} of {count:,} times (95%: {low:.2%} to {high:.2%})"
-    return Control(passed, f"{what} satisfy a prompt {told}: {words}.")
+def _without_pretraining(diff: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in diff.items() if key != "pretrain.steps"}

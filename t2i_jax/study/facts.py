@@ -2,26 +2,34 @@
 
 from collections.abc import Sequence
 import datetime
+import json
 import os
 import platform
 import subprocess
 from typing import Any
 
+from etils import epath
 from flax.core import meta
 import jax
 
 from t2i_jax import __version__, build, flops
 from t2i_jax.study import controls
 from t2i_jax.study.suite import Run, Suite
+from t2i_jax.training import history
+
+_MAKERS = "made_with.json"  # in a run's directory
 
 
 def of_suite(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
     """The settings that all rows share, and what each row changes."""
-    c = suite.base
+    c, words = suite.base, ["python launch/study.py", f"--suite={suite.source}"]
+    words += [f"--only={','.join(row.name for row in suite.rows)}"] * suite.partial
+    words += [f"--steps={c.train.steps}"] * suite.other_steps
+    words += [f"--seeds={','.join(map(str, seeds))}"]
     return {
         "kind": "suite",
         "name": suite.name,
-        "base": c.name,
+        "command": " ".join(words),
         "data": c.data.source,
         "steps": c.train.steps,
         "batch_size": c.train.batch_size,
@@ -62,20 +70,41 @@ def _conditioning(trained: Any) -> int:
     return sum(x.size for path, x in paths if any(word in path for word in words))
 
 
-def machine(places: int, place: str, seconds: float) -> dict[str, Any]:
-    """Where and with what a suite ran; `seconds` of all trainings, one device each."""
-    return {
-        "kind": "machine",
-        "devices": places,
-        "device": place.rsplit(" ", 1)[0],
+def device() -> str:
+    """What this process computes on."""
+    first = jax.devices()[0]
+    return "core" if first.platform == "cpu" else first.device_kind
+
+
+def note_maker(folder: epath.Path) -> None:
+    """Writes down, once for every maker, with what a run in `folder` is made."""
+    made = {
+        "device": device(),
         "cpu": _cpu(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "t2i_jax": __version__,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "seconds": round(seconds),
     }
+    before = makers(folder)
+    if made not in before:
+        (folder / _MAKERS).write_text(json.dumps([*before, made]))
+
+
+def makers(folder: epath.Path) -> list[dict[str, str]]:
+    """What `note_maker` wrote."""
+    file = folder / _MAKERS
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def of_machines(folders: Sequence[epath.Path]) -> dict[str, Any]:
+    """With what all runs were made: every different value, and the seconds of all of them."""
+    made = [maker for folder in folders for maker in makers(folder)]
+    keys = dict.fromkeys(key for maker in made for key in maker)
+    values = {key: sorted({maker[key] for maker in made}) for key in keys}
+    took = [history.seconds(folder) for folder in folders if (folder / history.FILE).exists()]
+    return {"kind": "machine", **values, "runs": len(took), "seconds": round(sum(took))}
 
 
 def _cpu() -> str:

@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+from t2i_jax.evaluation import intervals
 from t2i_jax.study import readings
 from t2i_jax.study.readings import Difference, Reading
 
@@ -18,11 +19,14 @@ _SHUFFLED = "data.shuffle_captions"
 
 
 class Findings:
-    """What a suite has found. Raises ValueError where its first entry is not of a suite.
+    """What a suite has found.
+
+    Raises ValueError where there is no suite, or its first row has no run.
 
     Attributes:
       suite, machine: their entries; machine may be {}.
       rows: names in order, those that have a run.
+      first: the row that the others are compared with.
       facts, speeds: entries by row.
       runs: entries of complete runs by row and seed; `failed` of those that diverged.
     """
@@ -44,12 +48,33 @@ class Findings:
             group.setdefault(entry["row"], {})[entry["seed"]] = entry
         self.diffs = {row["name"]: row["diff"] for row in self.suite["rows"]}
         self.rows = [name for name in self.diffs if name in self.runs]
-        self.floor = [name for name in self.rows if self.diffs[name].get(_SHUFFLED)]
+        self.first = next(iter(self.diffs))
+        if self.first not in self.rows:
+            raise ValueError(
+                f"No run of {self.first!r} has ended, with which all other rows are compared."
+            )
 
-    @property
-    def first(self) -> str:
-        """The row that the others are compared with."""
-        return self.rows[0]
+    @functools.cached_property
+    def controls(self) -> list[str]:
+        """Rows that were trained with the captions of other pictures."""
+        return [name for name in self.rows if self.diffs[name].get(_SHUFFLED)]
+
+    @functools.cached_property
+    def floor(self) -> list[str]:
+        """Rows whose scores are not above chance, and controls: their spread is not the others'."""
+        if not self.scored or not self.suite.get("chance"):
+            return self.controls
+        limit = intervals.wilson(*self.suite["chance"])[1]
+        low = {
+            row: intervals.wilson(*self.right(list(self.scores[row].values())))[0]
+            for row in self.rows
+        }
+        return [row for row in self.rows if row in self.controls or low[row] <= limit]
+
+    def right(self, shares: Sequence[float]) -> tuple[int, int]:
+        """(right, all) pictures of some scores of runs."""
+        images = self.suite["images"]
+        return round(sum(shares) * images), len(shares) * images
 
     @property
     def scored(self) -> bool:

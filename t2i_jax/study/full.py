@@ -11,7 +11,6 @@ to it is in there.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-import subprocess
 import sys
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from t2i_jax import build, flops
 from t2i_jax import config as configs
 from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.machines import CHIPS
+from t2i_jax.study import queue
 from t2i_jax.study.suite import Published
 from t2i_jax.training.preemption import EXIT_PREEMPTED, PreemptedError
 
@@ -118,7 +118,7 @@ def _train(name: str, file: Path, root: str, asked: Asked) -> None:
     print(f"\n== {name}", flush=True)
     script = str(configs.find_folder("launch") / "train.py")
     words = _words(str(file), f"{root}/{name}", asked)
-    status = subprocess.run([sys.executable, script, *words, *asked.arguments]).returncode
+    status = queue.foreground([sys.executable, script, *words, *asked.arguments])
     if status == EXIT_PREEMPTED:
         raise PreemptedError(f"{name} was stopped; start again to go on.")
     if status:

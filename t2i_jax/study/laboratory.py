@@ -1,10 +1,10 @@
 """Runs a suite: its parts, its trainings, its speeds; what is done already is not done again.
 
-DIR/parts/        what the runs share
-DIR/runs/ROW/     a training of each seed, as launch/train.py leaves one
-DIR/logs/         what the processes said
-DIR/speeds/       what was timed
-DIR/results.jsonl all findings, whenever one is added
+DIR/parts/         what the runs share
+DIR/runs/ROW/      a training of each seed, as launch/train.py leaves one
+DIR/logs/          what the processes said
+DIR/speeds/        what was timed
+DIR/results.jsonl  all findings, also where something failed
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,36 +20,42 @@ from t2i_jax.study.board import Board
 from t2i_jax.study.queue import Job
 from t2i_jax.study.results import Entry
 from t2i_jax.study.suite import Run, Suite
-from t2i_jax.training import history
 
 _LOGGED = 12  # last lines of a log that are shown
 
 
 def study(
-    suite: Suite, workdir: Path, seeds: Sequence[int], *, rounds: int, board: Board
+    suite: Suite,
+    workdir: Path,
+    seeds: Sequence[int],
+    *,
+    rounds: int,
+    parallel: int | None,
+    board: Board,
 ) -> list[Entry]:
     """All findings of a suite, in its order; the file of them is in `workdir`.
 
-    `rounds` is how often speeds are measured, 0: not at all. Raises UserError where processes
-    failed, after all others have been run; PreemptedError where this one was asked to stop.
+    `rounds` is how often speeds are measured, 0: not at all; `parallel` is as of `queue.slots`.
+    Raises UserError where processes failed, after all others have been run; PreemptedError where
+    this one was asked to stop. The file of findings is written in any case.
     """
     runs = suite.runs(seeds)
     with _alone(workdir):
-        places = queue.slots()
-        _make_parts(runs, workdir, places, board)
-        _train(runs, workdir, places, board)
-        _draw(suite.runs(seeds[:1]), workdir, places, board)
-        if rounds:
-            _time(suite, workdir, places[:1], rounds, board)
-        entries = findings(suite, workdir, seeds, rounds)
-        took = sum(history.seconds(workdir / run.folder) for run in runs)
-        entries.append(facts.machine(len(places), places[0].name, took))
-        results.write(workdir / results.NAME, entries)
+        places = queue.slots(parallel)
+        try:
+            _make_parts(runs, workdir, places, board)
+            _train(runs, workdir, places, board)
+            _draw(suite.runs(seeds[:1]), workdir, places, board)
+            if rounds:
+                _time(suite, workdir, places[:1], rounds, board)
+        finally:
+            entries = findings(suite, workdir, seeds, rounds)
+            results.write(workdir / results.NAME, entries)
     return entries
 
 
 def findings(suite: Suite, workdir: Path, seeds: Sequence[int], rounds: int) -> list[Entry]:
-    """What is known, in the suite's order, but for the machine."""
+    """What is known, in the suite's order."""
     runs = suite.runs(seeds)
     entries = [facts.of_suite(suite, seeds)]
     entries += [facts.of_row(run) for run in suite.runs(seeds[:1])]
@@ -59,12 +65,14 @@ def findings(suite: Suite, workdir: Path, seeds: Sequence[int], rounds: int) -> 
     file = _asked(suite, workdir, rounds).with_suffix(".found.json") if rounds else None
     if file and file.exists():
         entries += json.loads(file.read_text())
-    return entries
+    return [*entries, facts.of_machines([workdir / run.folder for run in by_row])]
 
 
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
     """No other process runs a suite there."""
+    if "gs:" in workdir.parts:
+        raise ConfigError(f"--workdir={workdir}: a suite of small runs needs a local directory.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with (workdir / "lock").open("w") as lock:

@@ -1,6 +1,6 @@
 """Makes the parts of a suite: language models and a CLIP, as directories that configs name.
 
-<workdir>/parts/<name>/weights is there when a part is complete; what was begun is begun anew.
+<workdir>/parts/<name> is there when a part is complete; what was begun is begun anew.
 """
 
 import shutil

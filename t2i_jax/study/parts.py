@@ -34,7 +34,8 @@ class Part:
 
 def _decides(kind: str, config: ConfigDict) -> dict[str, Any]:
     """The values that decide what a part is."""
-    sections = {"llm": ("llm.", "pretrain.", "data."), "clip": ("clip.", "pretrain.", "data.")}
+    both = ("pretrain.", "data.", "train.dtype", "train.frozen_dtype", "weights.tokenizer")
+    sections = {"llm": ("llm.", *both), "clip": ("clip.", *both)}
     skipped = ("llm.unroll", "data.num_threads", "data.num_workers", "data.prefetch")
     if kind == "clip":
         skipped += ("pretrain.steps", "pretrain.batch_size", "pretrain.learning_rate")

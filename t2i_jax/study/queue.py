@@ -17,10 +17,12 @@ import sys
 import time
 from typing import Any
 
-from t2i_jax.errors import UserError
-from t2i_jax.training.preemption import PreemptedError
+from t2i_jax.errors import ConfigError, UserError
+from t2i_jax.training.preemption import EXIT_PREEMPTED, PreemptedError
 
 _POLL = 0.1  # seconds
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM)
 # A training step of the small models is a sixth faster without one kind of fusion that XLA's CPU
 # backend tries, and another eighth if glibc keeps the memory of a step for the next one.
 _CPU = {
@@ -64,8 +66,12 @@ class Done:
     seconds: float
 
 
-def slots() -> list[Slot]:
-    """The devices of this machine, looked at by a process that is gone afterwards."""
+def slots(parallel: int | None = None) -> list[Slot]:
+    """The devices of this machine, looked at by a process that is gone afterwards.
+
+    `parallel` is how many processes there are to be: on CPUs of the cores, at most all of them; on
+    other devices it is a multiple of their number, and each device is shared by as many.
+    """
     found = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True)
     if found.returncode:
         raise UserError(f"JAX finds no device:\n{found.stderr.strip()}")
@@ -75,9 +81,17 @@ def slots() -> list[Slot]:
         flags = f"{os.environ.get('XLA_FLAGS', '')} {_CPU_FLAGS}".strip()
         environ = {**_CPU, "XLA_FLAGS": flags}
         if cores is None:  # they cannot be told apart here
-            return [Slot(f"core {i}", environ) for i in range(os.cpu_count() or 1)]
-        return [Slot(f"core {core}", environ, core) for core in cores]
-    return [Slot(f"{kind} {i}", _only(platform, i)) for i in range(count)]
+            every = [Slot(f"core {i}", environ) for i in range(os.cpu_count() or 1)]
+        else:
+            every = [Slot(f"core {core}", environ, core) for core in cores]
+        if parallel and parallel > len(every):
+            raise ConfigError(f"--parallel={parallel}: there are {len(every)} cores.")
+        return every[:parallel]
+    share, rest = divmod(parallel or count, count)
+    if rest or not share or (platform == "tpu" and share > 1):
+        raise ConfigError(f"--parallel={parallel} does not go with {count} x {kind}.")
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.2f}"} if share > 1 else {}
+    return [Slot(f"{kind} {i}", _only(platform, i) | memory) for i in range(count)] * share
 
 
 def _only(platform: str, i: int) -> dict[str, str]:
@@ -100,12 +114,17 @@ def run(jobs: Iterable[Job], places: Sequence[Slot]) -> Iterator[Done]:
         while True:
             while free and not stopping.asked and (job := next(waiting, None)) is not None:
                 slot = free.pop(0)
-                running[_start(job, slot)] = job, slot, time.monotonic()
+                process = _start(job, slot)
+                running[process] = job, slot, time.monotonic()
+                if stopping.asked:  # between the two lines
+                    process.send_signal(signal.SIGTERM)
             if not running:
                 break
             for process in [p for p in running if p.poll() is not None]:
                 job, slot, began = running.pop(process)
                 free.append(slot)
+                if stopping.asked and process.returncode in _STOPPED:
+                    continue
                 yield Done(job, process.returncode, time.monotonic() - began)
             time.sleep(_POLL)
     if stopping.asked:
@@ -115,6 +134,8 @@ def run(jobs: Iterable[Job], places: Sequence[Slot]) -> Iterator[Done]:
 def _start(job: Job, slot: Slot) -> subprocess.Popen:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     environ = os.environ | slot.environ
+    found = [str(_ROOT), *filter(None, [environ.get("PYTHONPATH")])]
+    environ["PYTHONPATH"] = os.pathsep.join(found)
 
     def bind():
         if slot.core is not None:
@@ -127,9 +148,22 @@ def _start(job: Job, slot: Slot) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environ,
-            cwd=Path(__file__).parent.parent.parent,
+            start_new_session=True,  # Ctrl-C is for this process, which hands it on
             preexec_fn=bind if slot.core is not None else None,
         )
+
+
+def foreground(command: Sequence[str]) -> int:
+    """Runs one command here, on all devices; its status. It is asked to stop where this is."""
+    running: dict[subprocess.Popen, Any] = {}
+    with _ending(running) as stopping:
+        process = subprocess.Popen(command, start_new_session=True)
+        running[process] = None
+        if stopping.asked:
+            process.send_signal(signal.SIGTERM)
+        status = process.wait()
+        del running[process]
+    return status
 
 
 class _Stopping:

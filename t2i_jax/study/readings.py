@@ -83,9 +83,9 @@ def spread(values: Values, floor: Iterable[str] = ()) -> Spread:
     kept = {row: by_seed for row, by_seed in values.items() if row not in floor}
     seeds = sorted({seed for by_seed in kept.values() for seed in by_seed})
     full = [[v[seed] for seed in seeds] for v in kept.values() if len(v) == len(seeds)]
-    freedom = (len(full) - 1) * (len(seeds) - 1)
-    if freedom <= 0:
+    if len(full) < 2 or len(seeds) < 2:
         return Spread(0.0, 0)
+    freedom = (len(full) - 1) * (len(seeds) - 1)
     table = np.array(full)
     left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     return Spread(math.sqrt(float(np.sum(left**2)) / freedom), freedom)

@@ -5,7 +5,7 @@ study/*.png            its pictures
 study/results.jsonl    what it is made of
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -30,12 +30,10 @@ _CAPTIONS = {
 def write(entries: Sequence[dict[str, Any]], out: epath.PathLike) -> None:
     """Writes the report to the .md file `out`, its pictures and data to the folder beside it.
 
-    Raises ValueError where the entries are not those of a suite with a finished run.
+    Raises ValueError where the entries are not those of a suite whose first row has a run.
     """
     out = epath.Path(out)
     findings = Findings(entries)
-    if not findings.rows:
-        raise ValueError("No run of the suite has ended: there is nothing to report.")
     folder = out.parent / out.stem
     pictures = figures.write(findings, folder)
     results.write(folder / results.NAME, entries)
@@ -70,18 +68,20 @@ def _head(f: Findings, folder: str) -> list[str]:
         "",
         f"{len(f.rows)} designs, {seeds} seed{'s' * (seeds > 1)} each, {runs} trainings under one "
         f"budget: {s['steps']:,} steps of {s['batch_size']} pictures ({s['data']}), "
-        f"{s['optimizer']}, one language model, one evaluation ({s['images']} pictures a run, "
+        f"{s['optimizer']}, one evaluation ({s['images']} pictures a run, "
         f"{s['sampling']}). Every row differs from the first one, `{f.first}`, in what its name "
         f"says. All numbers are from [results.jsonl]({folder}/{results.NAME}).",
     ]
-    if m:
-        each, side = m["seconds"] / runs / 60, m["devices"]
+    if m.get("runs") and m.get("commit"):
+        days = " to ".join(dict.fromkeys((m["date"][0], m["date"][-1])))
+        made = "; ".join(
+            f"{key} {' and '.join(m[key])}" for key in ("t2i_jax", "commit", "jax", "python")
+        )
         lines += [
             "",
-            f"Made on {m['cpu']}: {side} training{'s' * (side > 1)} at a time, each on one "
-            f"{m['device']} and {each:.1f} minutes long, {m['seconds'] / 3600:.1f} hours in all "
-            f"({m['date']}; t2i_jax {m['t2i_jax']}, commit `{m['commit']}`, jax {m['jax']}, Python "
-            f"{m['python']}).",
+            f"Made on {' and '.join(m['cpu'])}, {days}, a training on one "
+            f"{' or '.join(m['device'])}: {m['seconds'] / m['runs'] / 60:.1f} minutes each, "
+            f"{m['seconds'] / 3600:.1f} hours of one for all of them ({made}).",
         ]
     for row, by_seed in f.failed.items():
         for seed, entry in by_seed.items():
@@ -125,10 +125,11 @@ def _table(f: Findings) -> list[str]:
             "Scores are means over the seeds with 95% intervals; differences are paired by seed. "
             "Their intervals share one spread, estimated from all rows together. In **bold**: "
             "beyond what chance does to any of these comparisons at once (Bonferroni, 95%); in "
-            "*italics*: beyond the interval of that comparison alone, of which one in twenty is "
-            "by chance. Everything else: these seeds do not separate the two. At equal FLOPs both "
-            "rows are read after the FLOPs of the one that took fewer, the language model's "
-            "reading included, between the steps at which a score was taken.",
+            "*italics*: beyond the interval of that comparison alone, as one in twenty is where "
+            "there is no difference. Everything else: these seeds do not separate the two.",
+            "",
+            "At equal FLOPs both rows are read after the FLOPs of the one that took fewer, the "
+            "language model's reading included, between the steps at which a score was taken.",
         ]
     return lines
 
@@ -142,26 +143,32 @@ def _claims(f: Findings) -> list[str]:
         "## Claims, beside what was seen",
         "",
         f"At this scale: {f.facts[f.first]['parameters'] / 1e6:.1f}M trained parameters, "
-        f"{c['steps']:,} steps, {c['data']}. The paper is arXiv 2505.10046; its models are a "
-        "thousand times larger. *Clearly*: all claims of that measure at once; *likely*: the "
-        "claim alone. A claim of 'no worse' agrees only where a loss of "
+        f"{c['steps']:,} steps, {c['data']}. *Clearly*: all claims of that measure at once; "
+        "*likely*: the claim alone. A claim of 'no worse' agrees only where a loss of "
         f"{claims.MARGIN['score']:g} in score, or 5% in time, can be ruled out.",
         "",
         _line(["claim", "made by", "seen here", "verdict"]),
         _line(["---"] * 4),
     ]
     for claim, seen, word, certain in verdicts:
-        told = claim.get("why", "")
-        if seen is not None:
-            one, other = claim["rows"]
-            told = f"`{one}` / `{other}`, " if claim["measure"] == "sample" else ""
-            told = told or f"`{one}` - `{other}`: "
-            told += _ratio(seen) if claim["measure"] != "score" else _delta(seen, plain=True)
-        verdict = f"{certain} {word}".strip() if certain else word
+        verdict = f"{certain} {word}".strip()
         if "note" in claim:
             verdict += f"; {claim['note']}"
-        lines.append(_line([claim["claim"], claim["where"], told, verdict]))
+        lines.append(_line([claim["claim"], claim["where"], _seen(claim, seen), verdict]))
     return lines
+
+
+def _seen(claim: Mapping[str, Any], seen: claims.Seen | None) -> str:
+    if "why" in claim:
+        return claim["why"]
+    one, other = claim["rows"]
+    if seen is None:
+        return f"`{one}`, `{other}`: too few runs, or none, of one of them"
+    low, high = seen.interval
+    if claim["measure"] == "score":
+        return f"`{one}` - `{other}`: {seen.value:+.3f} ({low:+.3f} to {high:+.3f})"
+    ratio, low, high = (math.exp(x) for x in (seen.value, low, high))
+    return f"`{one}` / `{other}`: {ratio:.3f} x ({low:.3f} to {high:.3f})"
 
 
 def _pictures(folder: str, names: Sequence[str]) -> list[str]:
@@ -176,7 +183,7 @@ def _speeds(f: Findings) -> list[str]:
     if not f.speeds:
         return []
     any_entry = next(iter(f.speeds.values()))
-    device, rounds = f.machine.get("device", "device"), any_entry["rounds"]
+    device, rounds = any_entry["device"], any_entry["rounds"]
     lines = [
         "## Speed",
         "",
@@ -208,7 +215,8 @@ def _losses(f: Findings) -> list[str]:
         "",
         f"Mean over the noise levels, on {f.suite['validation_images']} held-out pictures, as a "
         f"multiple of that of `{f.first}`: less noisy than scores, and not the same thing; the "
-        "levels with little noise, where details are, weigh most.",
+        "levels with little noise, where details are, weigh most. Rows trained with the captions "
+        "of others have such captions here, too.",
         "",
         _line(["design", "times the first row's"]),
         _line(["---", "---:"]),
@@ -222,10 +230,19 @@ def _limits(f: Findings) -> list[str]:
         "## What this cannot say",
         "",
         f"- It is one small world, {f.suite['steps']:,} steps and one learning rate for all "
-        "designs; a design that needs another is put at a disadvantage.",
+        "designs: what is learnt soonest, not what is best in the end. A design that needs another "
+        "rate is put at a disadvantage.",
         f"- {seeds} seed{'s' * (seeds > 1)}: 'not separated' is the likeliest outcome for small "
         "effects, and is no evidence that two designs are alike.",
+        "- One spread is assumed for all rows that are above chance; near 0 and 1 scores vary less "
+        "than that.",
     ]
+    if any(key.startswith(("pretrain.", "clip.")) for diff in f.diffs.values() for key in diff):
+        lines.append(
+            "- Of every language model and of CLIP there is one instance, which all seeds share: "
+            "intervals do not cover how it would have come out with another seed. What it cost to "
+            "train is in no reading."
+        )
     if f.suite["data"] in ("scenes", "digits"):
         lines.append(
             "- The score reads whether a picture shows what was asked for. How good it looks "
@@ -235,17 +252,14 @@ def _limits(f: Findings) -> list[str]:
 
 
 def _again(f: Findings, folder: str) -> list[str]:
-    name = f.suite["name"]
     return [
         "## Again",
         "",
         "```sh",
-        f"python launch/study.py --suite={name} --workdir=runs/{name}   # all of it, resumable",
-        f"python launch/study.py --results=docs/{folder}/{results.NAME} --out=docs/{folder}.md",
+        f"{f.suite['command']}   # all of it, resumable",
+        f"python launch/study.py --results={folder}/{results.NAME} --out={folder}.md   # this page, "
+        "where it lies",
         "```",
-        "",
-        "The second line writes this page again. [laboratory.md](laboratory.md) tells how to add "
-        "a row, or a suite of your own.",
     ]
 
 
@@ -262,10 +276,10 @@ def _mean(reading: Reading, digits: int) -> str:
     return f"{reading.value:.{digits}f} ± {reading.half:.{digits}f}"
 
 
-def _delta(found: Difference, *, plain: bool = False) -> str:
+def _delta(found: Difference) -> str:
     if found.half is None:
         return f"{found.value:+.3f}"
-    mark = "" if plain else _MARK.get(found.sign, "")
+    mark = _MARK.get(found.sign, "")
     return f"{mark}{found.value:+.3f}{mark} ± {found.half:.3f}"
 
 

@@ -17,6 +17,7 @@ from etils import epath
 
 from t2i_jax import checkpoint
 from t2i_jax.errors import MissingError
+from t2i_jax.evaluation import benchmarks
 from t2i_jax.study import worker
 from t2i_jax.study.suite import Run
 from t2i_jax.training.metrics import read_metrics
@@ -39,7 +40,8 @@ def of_run(run: Run, folder: epath.Path) -> Entry | None:
     for line in metrics:
         if line["step"] == steps:
             last |= line
-    wanted = {"loss"} | ({"score"} if run.config.evaluation.every else set())
+    scored = run.config.evaluation.every and run.config.data.source in benchmarks.WORLDS
+    wanted = {"loss"} | ({"score"} if scored else set())
     wanted |= {"validation_loss"} if run.config.validation.every else set()
     if not wanted <= last.keys():
         return None

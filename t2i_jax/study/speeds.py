@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from t2i_jax import options, sharding
 from t2i_jax.speed import sample, timing
 from t2i_jax.speed.train import Step
+from t2i_jax.study import facts
 
 IMAGES = 8  # of a batch of pictures
 WAYS = ("train", "sample", "recompute")
@@ -31,6 +32,7 @@ def measure(rows: Mapping[str, ConfigDict], rounds: int) -> list[dict[str, Any]]
     entries = []
     for name, config in rows.items():
         entry: dict[str, Any] = {"kind": "speed", "row": name, "images": IMAGES}
+        entry["device"] = facts.device()
         entry |= {"batch_size": config.train.batch_size, "rounds": rounds}
         for way in WAYS:
             taken, theirs = times[name, way], times[first, way]

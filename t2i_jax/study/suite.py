@@ -73,6 +73,8 @@ class Suite:
     Attributes:
       name: of the file.
       base: the config that rows differ from, valid and locked.
+      source: what it was loaded by.
+      partial, other_steps: whether these are not all of its rows, or not as many steps.
       groups: headings of the report, with their rows.
       claims: as `claims.check` has them.
     """
@@ -82,6 +84,9 @@ class Suite:
     rows: tuple[Row, ...]
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     claims: Sequence[Mapping[str, Any]] = ()
+    source: str = ""
+    partial: bool = False
+    other_steps: bool = False
 
     def runs(self, seeds: Sequence[int]) -> list[Run]:
         """All rows with the first seed, then with the second, ...
@@ -115,7 +120,8 @@ class Suite:
         if not names:
             return self
         _known(names, [row.name for row in self.rows], self.name)
-        return dataclasses.replace(self, rows=tuple(r for r in self.rows if r.name in names))
+        rows = tuple(row for row in self.rows if row.name in names)
+        return dataclasses.replace(self, rows=rows, partial=len(rows) < len(self.rows))
 
     def shortened(self, steps: int | None) -> "Suite":
         """With another number of training steps; what happens at steps keeps its share of them."""
@@ -128,7 +134,7 @@ class Suite:
                 if section.every:
                     section.every = max(1, round(section.every * share))
         configs.validate(base, configs.base())
-        return dataclasses.replace(self, base=base.lock())
+        return dataclasses.replace(self, base=base.lock(), other_steps=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +182,7 @@ def load(name: str) -> Suite | Published:
     if unknown := [row for group in groups.values() for row in group if row not in names]:
         raise ConfigError(f"{path}: GROUPS names {unknown[0]!r}, which is no row.")
     found = claims.check(getattr(module, "CLAIMS", ()), names, path)
-    return Suite(path.stem, configs.load(str(path)), rows, groups, found)
+    return Suite(path.stem, configs.load(str(path)), rows, groups, found, name)
 
 
 def _rows(module: ModuleType, path: Path) -> tuple[Row, ...]:

@@ -23,10 +23,11 @@ EXIT_FAILED = 4  # a run diverges, and would again
 
 def run(folder: Path) -> int:
     """Trains; returns the exit status."""
-    from t2i_jax.study import parts
+    from t2i_jax.study import facts, parts
     from t2i_jax.training import loop
     from t2i_jax.training.watch import NonFiniteError
 
+    facts.note_maker(folder)
     try:
         loop.train(parts.located(parts.read(folder), _root(folder)), folder)
     except NonFiniteError as error:

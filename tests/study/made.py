@@ -3,12 +3,15 @@
 CATEGORIES = ("single_object", "counting")
 
 
+DIFFS = {"shuffled": {"data.shuffle_captions": True}, "llm-random": {"pretrain.steps": 0}}
+
+
 def entries(
     rows, *, claims=(), chance=None, shuffled_prompts=0.01, null=0.0, groups=None, steps=100
 ):
-    """Entries of rows {name: scores by seed}; a row 'shuffled' has the captions of others."""
+    """Entries of rows {name: scores by seed}; some names are controls: DIFFS."""
     names = list(rows)
-    diffs = {name: {"data.shuffle_captions": True} if name == "shuffled" else {} for name in names}
+    diffs = {name: DIFFS.get(name, {}) for name in names}
     seeds = max(map(len, rows.values()))
     found = [
         {
@@ -20,6 +23,7 @@ def entries(
             "seeds": list(range(seeds)),
             "images": 100,
             "validation_images": 8,
+            "command": "python launch/study.py --suite=made",
             "sampling": "euler, 2 steps, guidance 4",
             "optimizer": "muon",
             "chance": chance,
@@ -31,10 +35,15 @@ def entries(
     found += [fact(name) for name in names]
     for name, scores in rows.items():
         found += [
-            run(name, seed, score, steps, shuffled_prompts, null)
+            run(name, seed, score, steps, _of(shuffled_prompts, name), _of(null, name))
             for seed, score in enumerate(scores)
         ]
     return found
+
+
+def _of(value, name):
+    """A control's value: of all rows, or {row: value} of some."""
+    return value.get(name, 0.01) if isinstance(value, dict) else value
 
 
 def fact(name, flops=1e9):
@@ -75,18 +84,19 @@ def speed(name, ratio, spread=0.01):
     ways = {way: dict(times) for way in ("train", "sample", "recompute")}
     saved = {"ratio": 1.5, "low": 1.4, "high": 1.6}
     head = {"kind": "speed", "row": name, "images": 8, "batch_size": 4, "rounds": 15}
+    head |= {"device": "core"}
     return head | ways | {"saved": saved}
 
 
 MACHINE = {
     "kind": "machine",
-    "devices": 2,
-    "device": "core",
-    "cpu": "a CPU, 2 cores",
-    "python": "3.11",
-    "jax": "0.10",
-    "t2i_jax": "0.1",
-    "commit": "abc",
-    "date": "2026-01-01",
-    "seconds": 3600,
+    "device": ["core"],
+    "cpu": ["a CPU, 2 cores"],
+    "python": ["3.11"],
+    "jax": ["0.10", "0.11"],
+    "t2i_jax": ["0.1"],
+    "commit": ["abc", "def"],
+    "date": ["2026-01-01", "2026-01-02", "2026-01-03"],
+    "runs": 9,
+    "seconds": 5400,
 }

@@ -60,15 +60,30 @@ def test_one_seed_decides_nothing():
     assert judged("more", here=[0.9], there=[0.1]).word == UNTESTED
 
 
-def test_times_are_compared_by_their_rounds():
+def timed(ratio, rounds=15, **change):
+    """The verdict on 'less' of a row that takes `ratio` times as long as the first."""
     claim = {"claim": "c", "where": "w", "rows": ["other", "first"]}
     claim |= {"measure": "sample", "expects": "less"}
+    found = made.entries({"first": [0.5] * 3, "other": [0.5] * 3}, claims=[claim])
+    other = made.speed("other", ratio, spread=0.02) | {"rounds": rounds}
+    other["sample"] |= change
+    (verdict,) = claims.judge(Findings([*found, made.speed("first", 1.0, spread=0.0), other]))
+    return verdict
+
+
+def test_times_are_compared_by_their_rounds():
     for ratio, word in ((0.8, AGREES), (1.3, CONTRADICTS), (1.0, UNDECIDED)):
-        found = made.entries({"first": [0.5] * 3, "other": [0.5] * 3}, claims=[claim])
-        found += [made.speed("first", 1.0, spread=0.0), made.speed("other", ratio, spread=0.02)]
-        (verdict,) = claims.judge(Findings(found))
-        assert verdict.word == word
-        assert verdict.seen.value == pytest.approx(math.log(ratio))
+        found = timed(ratio)
+        assert (found.word, found.seen.value) == (word, pytest.approx(math.log(ratio)))
+    assert timed(0.8).certain == "clearly"
+    assert timed(0.8, rounds=5).word == UNTESTED
+
+
+def test_an_interval_of_times_is_not_made_symmetric():
+    """All rounds but few were slower: the lower end is what counts."""
+    found = timed(1.02, low=1.015, high=1.08)
+    assert found.word == CONTRADICTS
+    assert found.seen.interval == pytest.approx((math.log(1.015), math.log(1.08)))
 
 
 def test_a_claim_that_this_world_cannot_test_says_why():
@@ -92,11 +107,22 @@ def test_controls_that_come_out_right():
     assert passed(GOOD) == [True] * 5  # chance, others' prompts, null, the row, the random LLM
 
 
+def test_a_random_language_model_is_compared_with_its_like_alone():
+    rows = {"first": [0.1, 0.12, 0.11], "llm-random": [0.5, 0.52, 0.51]}
+    assert passed(rows) == [True, True, True, False]
+    found = made.entries(rows, chance=(20, 1000))
+    found[0]["rows"][0]["diff"] = {"dit.positions": "2d-rope"}  # differs in more than the LLM
+    assert len(controls.check(Findings(found))) == 3
+    one = {name: scores[:1] for name, scores in rows.items()}
+    assert passed(one) == [True] * 3  # a single seed cannot tell
+
+
 @pytest.mark.parametrize(
     ("change", "which"),
     [
         ({"shuffled_prompts": 0.2}, 1),
         ({"null": 0.2}, 2),
+        ({"null": {"llm-random": 0.2}}, 2),  # one row alone
         ({"rows": GOOD | {"shuffled": [0.2, 0.3, 0.25]}}, 3),
         ({"rows": GOOD | {"llm-random": [0.9, 0.95, 0.92]}}, 4),
     ],

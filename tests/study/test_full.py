@@ -65,11 +65,11 @@ def test_unknown_words():
 def test_trainings_start_one_after_the_other(monkeypatch, capsys):
     started, statuses = [], [0, 0]
 
-    def run(words):
+    def foreground(words):
         started.append(words)
-        return subprocess.CompletedProcess(words, statuses[len(started) - 1])
+        return statuses[len(started) - 1]
 
-    monkeypatch.setattr(full.subprocess, "run", run)
+    monkeypatch.setattr(full.queue, "foreground", foreground)
     options = Options(only=["ablations/addition", "ablations/no_temb"], launch=True, steps=7)
     options = Options(**{**vars(options), "arguments": ["--coordinator=host:1"]})
     commands.study("paper_full", "gs://bucket/paper", options)

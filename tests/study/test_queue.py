@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from t2i_jax.errors import UserError
+from t2i_jax.errors import ConfigError, UserError
 from t2i_jax.study import queue
 from t2i_jax.study.queue import Job, Slot
 from t2i_jax.training.preemption import PreemptedError
@@ -58,6 +58,19 @@ def test_here_every_core_is_a_device():
     assert len(found) == len(os.sched_getaffinity(0))
     assert all("device_count=1" in slot.environ["XLA_FLAGS"] for slot in found)
     assert all(slot.environ["JAX_PLATFORMS"] == "cpu" for slot in found)
+
+
+def test_as_many_at_a_time_as_asked_for(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert len(queue.slots(1)) == 1
+    with pytest.raises(ConfigError, match=f"there are {cores} cores"):
+        queue.slots(cores + 1)
+    monkeypatch.setattr(queue, "_LOOK", """print('["gpu", "NVIDIA H200", 2]')""")
+    shared = queue.slots(4)
+    assert [slot.environ["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1", "0", "1"]
+    assert {slot.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in shared} == {"0.45"}
+    with pytest.raises(ConfigError, match="--parallel=3"):
+        queue.slots(3)
 
 
 def test_no_device_at_all_is_told(monkeypatch):
@@ -142,10 +155,21 @@ def test_a_worker_is_gone_with_a_killed_queue(outer, tmp_path):
     assert not (tmp_path / "asked").exists()
 
 
+def test_a_command_in_the_foreground_is_asked_to_stop_too(tmp_path):
+    program = "import signal, sys, time; from pathlib import Path; "
+    program += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+    program += f"Path({str(tmp_path / 'started')!r}).write_text('x'); time.sleep(60)"
+    outer = "import sys; from t2i_jax.study import queue; "
+    outer += "sys.exit(queue.foreground([sys.executable, '-c', sys.argv[1]]))"
+    process = subprocess.Popen([sys.executable, "-c", outer, program], cwd=ROOT)
+    _wait((tmp_path / "started").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
 def test_a_request_to_stop_is_handed_on_and_waited_for(outer, tmp_path):
     process, _ = outer
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
-    assert told.splitlines()[0] == "ended 0 75"  # the second job never began
-    assert told.splitlines()[1].startswith(PreemptedError.__name__)
+    assert told.startswith(PreemptedError.__name__)  # the first is stopped, the second never began
     assert (tmp_path / "asked").exists()

@@ -81,6 +81,11 @@ def test_one_seed_has_no_interval():
     assert found == (1.0, None, None, 1) and found.sign == OPEN
 
 
+@pytest.mark.parametrize("y", [{}, {"a": {0: 1.0, 1: 2.0}}, {"a": {0: 1.0}, "b": {0: 2.0}}])
+def test_what_too_few_values_cannot_tell(y):
+    assert readings.spread(y) == (0.0, 0) and readings.differences({}, {}, Spread(0.0, 0)) == {}
+
+
 def test_only_common_seeds_are_compared():
     found = readings.differences(
         {"b": {0: 2.0, 1: 9.0}, "c": {2: 1.0}},

@@ -82,7 +82,8 @@ def test_differences_stand_in_their_weight(tmp_path):
     same = next(line for line in text.splitlines() if line.startswith("| `same`"))
     assert "+0.000 ±" in same and "*" not in same
     assert set(lines) == set(FULL)
-    assert "on a CPU, 2 cores: 2 trainings at a time, each on one core and 6.7 minutes" in text
+    assert "on a CPU, 2 cores, 2026-01-01 to 2026-01-03, a training on one core: 10.0 min" in text
+    assert "commit abc and def; jax 0.10 and 0.11" in text
 
 
 def test_equal_flops_read_both_at_the_cheaper_ones(tmp_path):
@@ -134,6 +135,21 @@ def test_files_that_are_no_findings(tmp_path, text, message):
         commands.again(str(tmp_path / "results.jsonl"), None)
 
 
-def test_findings_without_a_run(tmp_path):
-    with pytest.raises(ValueError, match="nothing to report"):
+def test_findings_without_a_run_of_the_first_row(tmp_path):
+    with pytest.raises(ValueError, match="No run of 'first' has ended"):
         page(made.entries({"first": [0.1]})[:2], tmp_path)
+    entries = made.entries({"first": [0.1], "other": [0.2]})
+    with pytest.raises(ValueError, match="No run of 'first' has ended"):
+        page([e for e in entries if e["kind"] != "run" or e["row"] != "first"], tmp_path)
+
+
+def test_one_row_alone_is_a_report(tmp_path):
+    for rows in ({"first": [0.5, 0.6]}, {"first": [0.5, 0.6], "shuffled": [0.0, 0.01]}):
+        assert "`first`" in page(made.entries(rows, chance=(20, 1000)), tmp_path)
+
+
+def test_rows_that_are_not_above_chance_have_no_say_in_the_spread():
+    rows = {"first": [0.5, 0.6, 0.4], "a": [0.4, 0.55, 0.7], "dead": [0.0, 0.02, 0.01]}
+    found = Findings(made.entries(rows, chance=(20, 1000)))
+    assert found.floor == ["dead"] and found.controls == []
+    assert found.means(found.scores)["dead"].half is None

@@ -95,6 +95,14 @@ def test_rows_share_the_parts_that_they_do_not_change(small):
     assert maker.llm.num_layers == 4 and not maker.weights.llm
 
 
+@pytest.mark.parametrize(
+    "diff", [{"train.dtype": "bfloat16"}, {"llm.width": 64}, {"pretrain.learning_rate": 1e-3}]
+)
+def test_what_a_language_model_is_made_with_is_in_its_name(tmp_path, diff):
+    one, other = suite.load(write(tmp_path, f'ROWS = [("a", {{}}), ("b", {diff})]')).runs([0])
+    assert one.needs[0].name != other.needs[0].name
+
+
 def test_a_result_is_decided_by_everything_but_the_name(small, tmp_path):
     file = write(tmp_path, 'ROWS = [("one", {}), ("two", {}), ("three", {"dit.width": 80})]')
     one, two, three, again = suite.load(file).runs([0])[:3] + suite.load(file).runs([1])[:1]

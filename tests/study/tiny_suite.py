@@ -1,4 +1,4 @@
-"""A suite of seconds: two names for one design, another design, and a control."""
+"""A suite of seconds: two names for one design, and another design."""
 
 from configs.suites import paper_small
 
@@ -25,7 +25,6 @@ ROWS = [
     ("baseline", {}),
     ("the-same", {}),
     ("no-temb", {"dit.conditioning": "none"}),
-    ("shuffled", {"data.shuffle_captions": True}),
 ]
 CLAIMS = [
     {
