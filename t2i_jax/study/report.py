@@ -257,8 +257,8 @@ def _again(f: Findings, folder: str) -> list[str]:
         "",
         "```sh",
         f"{f.suite['command']}   # all of it, resumable",
-        f"python launch/study.py --results={folder}/{results.NAME} --out={folder}.md   # this page, "
-        "where it lies",
+        "# this page, in the folder that it is in:",
+        f"python launch/study.py --results={folder}/{results.NAME} --out={folder}.md",
         "```",
     ]
 

@@ -97,16 +97,25 @@ def test_the_command_line(tmp_path):
 
     for flags, message in (
         ([], "--suite=... must be given"),
-        (["--suite=paper_ful"], "Did you mean paper_full?"),
         (["--suite=paper_full", "--seeds=1"], "--seeds does not go with --suite=paper_full"),
-        (["--suite=paper_small", "--launch"], "--launch does not go with --suite=paper_small"),
-        (["--suite=paper_small", "--seeds=1,1"], "--seeds=1,1 must be different numbers"),
-        (["--suite=paper_small", "--out=x.html"], "--out=x.html must end in .md"),
-        (["--results=x", "--suite=paper_small"], "--suite does not go with --results"),
+        (["--suite=paper_small", "--parallel=2", "--mfu=1"], "--mfu does not go with"),
         (["--results=nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ):
         found = run(*flags)
         assert found.returncode in (1, 2) and message in found.stderr, (flags, found.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_options(tmp_path):
+    for options, message in (
+        (Options(seeds=["1", "1"]), "--seeds=1,1 must be different numbers"),
+        (Options(seeds=["one"]), "--seeds=one must be"),
+        (Options(out=str(tmp_path / "x.html")), "x.html must end in .md"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            commands.study("paper_small", str(tmp_path / "suite"), options)
+    with pytest.raises(ConfigError, match="needs a local directory"):
+        commands.study("paper_small", "gs://bucket/suite", Options(out=str(tmp_path / "x.md")))
     assert not list(tmp_path.iterdir())
 
 
