@@ -13,7 +13,7 @@ from etils import epath
 
 from t2i_jax.study import claims, controls, figures, results
 from t2i_jax.study.findings import Findings
-from t2i_jax.study.readings import CLEAR, LIKELY, Difference, Reading
+from t2i_jax.study.readings import CLEAR, LIKELY, OPEN, Difference, Reading
 
 SHEET = "samples.png"
 _MARK = {CLEAR: "**", LIKELY: "*"}
@@ -45,6 +45,7 @@ def markdown(findings: Findings, folder: str, pictures: Sequence[str]) -> str:
     """The text; `pictures` are in `folder`."""
     parts = [
         _head(findings, folder),
+        _short(findings),
         _controls(findings),
         _table(findings),
         _claims(findings),
@@ -86,6 +87,33 @@ def _head(f: Findings, folder: str) -> list[str]:
     for row, by_seed in f.failed.items():
         for seed, entry in by_seed.items():
             lines += ["", f"`{row}`, seed {seed}, diverged: {entry['failed']}"]
+    return lines
+
+
+def _short(f: Findings) -> list[str]:
+    """Which rows differ from the first one, and how many claims held."""
+    if not f.scored or len(f.rows) < 2:
+        return []
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for row, found in f.against_first(f.scores).items():
+        if row not in f.controls:
+            above = found.value > 0 if found.sign != OPEN else False
+            groups.setdefault((above, found.sign), []).append(f"`{row}`")
+    lines = ["## In short", ""]
+    for (above, sign), words in {
+        (True, CLEAR): "clearly better than",
+        (True, LIKELY): "likely better than",
+        (False, OPEN): "not separated from",
+        (False, LIKELY): "likely worse than",
+        (False, CLEAR): "clearly worse than",
+    }.items():
+        if rows := groups.get((above, sign)):
+            lines.append(f"- {words} `{f.first}`, by score: {', '.join(rows)}")
+    words = [verdict.word for verdict in claims.judge(f)]
+    counts = {word: words.count(word) for word in dict.fromkeys(words)}
+    if counts:
+        told = ", ".join(f"{count} {word}" for word, count in counts.items())
+        lines.append(f"- of {len(words)} claims: {told}")
     return lines
 
 

@@ -82,6 +82,9 @@ def test_differences_stand_in_their_weight(tmp_path):
     same = next(line for line in text.splitlines() if line.startswith("| `same`"))
     assert "+0.000 ±" in same and "*" not in same
     assert set(lines) == set(FULL)
+    assert "- clearly better than `baseline`, by score: `good`" in text
+    assert "- not separated from `baseline`, by score: `same`" in text
+    assert "likely" not in text.split("## What was seen")[0]
     assert "on a CPU, 2 cores, 2026-01-01 to 2026-01-03, a training on one core: 10.0 min" in text
     assert "commit abc and def; jax 0.10 and 0.11" in text
 
