@@ -20,7 +20,18 @@ from t2i_jax.training import history
 _MAKERS = "made_with.json"  # in a run's directory
 
 
-def of_suite(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
+def chance(suite: Suite, workdir: epath.Path) -> list[int] | None:
+    """`controls.chance` of the suite's world, kept in `workdir`; None where there is none."""
+    data = suite.base.data
+    if data.source != "scenes":
+        return None
+    file = workdir / f"chance_{data.image_size}.json"
+    if not file.exists():
+        file.write_text(json.dumps(controls.chance(data.image_size)))
+    return json.loads(file.read_text())
+
+
+def of_suite(suite: Suite, seeds: Sequence[int], by_chance: list[int] | None) -> dict[str, Any]:
     """The settings that all rows share, and what each row changes."""
     c, words = suite.base, ["python launch/study.py", f"--suite={suite.source}"]
     words += [f"--only={','.join(row.name for row in suite.rows)}"] * suite.partial
@@ -39,7 +50,7 @@ def of_suite(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
         "sampling": f"{c.sampling.solver}, {c.sampling.steps} steps, "
         f"guidance {c.sampling.guidance:g}",
         "optimizer": c.optimizer.name,
-        "chance": controls.chance(c.data.image_size) if c.data.source == "scenes" else None,
+        "chance": by_chance,
         "rows": [{"name": row.name, "diff": dict(row.diff)} for row in suite.rows],
         "groups": {heading: list(rows) for heading, rows in suite.groups.items()},
         "claims": [dict(claim) for claim in suite.claims],

@@ -4,6 +4,7 @@ DIR/parts/         what the runs share
 DIR/runs/ROW/      a training of each seed, as launch/train.py leaves one
 DIR/logs/          what the processes said
 DIR/speeds/        what was timed
+DIR/chance_*.json  how often a prompt is satisfied by chance
 DIR/results.jsonl  all findings, also where something failed
 """
 
@@ -20,6 +21,7 @@ from t2i_jax.study.board import Board
 from t2i_jax.study.queue import Job
 from t2i_jax.study.results import Entry
 from t2i_jax.study.suite import Run, Suite
+from t2i_jax.training.preemption import PreemptedError
 
 _LOGGED = 12  # last lines of a log that are shown
 
@@ -37,7 +39,7 @@ def study(
 
     `rounds` is how often speeds are measured, 0: not at all; `parallel` is as of `queue.slots`.
     Raises UserError where processes failed, after all others have been run; PreemptedError where
-    this one was asked to stop. The file of findings is written in any case.
+    this one was asked to stop. Where there was an error, the file of findings is written, too.
     """
     runs = suite.runs(seeds)
     with _alone(workdir):
@@ -48,16 +50,20 @@ def study(
             _draw(suite.runs(seeds[:1]), workdir, places, board)
             if rounds:
                 _time(suite, workdir, places[:1], rounds, board)
-        finally:
-            entries = findings(suite, workdir, seeds, rounds)
-            results.write(workdir / results.NAME, entries)
+        except PreemptedError:
+            raise  # at once
+        except UserError:
+            results.write(workdir / results.NAME, findings(suite, workdir, seeds, rounds))
+            raise
+        entries = findings(suite, workdir, seeds, rounds)
+        results.write(workdir / results.NAME, entries)
     return entries
 
 
 def findings(suite: Suite, workdir: Path, seeds: Sequence[int], rounds: int) -> list[Entry]:
     """What is known, in the suite's order."""
     runs = suite.runs(seeds)
-    entries = [facts.of_suite(suite, seeds)]
+    entries = [facts.of_suite(suite, seeds, facts.chance(suite, workdir))]
     entries += [facts.of_row(run) for run in suite.runs(seeds[:1])]
     by_row = sorted(runs, key=lambda run: [row.name for row in suite.rows].index(run.row.name))
     found = [results.of_run(run, workdir / run.folder) for run in by_row]

@@ -133,7 +133,7 @@ def test_a_run_that_diverges_is_a_finding(tmp_path):
     workdir = tmp_path / "suite"
     assert start(workdir, f"--suite={file}", "--seeds=0", "--speed_rounds=0").wait(LIMIT) == 0
     found = runs(workdir)
-    assert "loss nan" in found["odd", 0]["failed"] and "score" in found["baseline", 0]
+    assert found["odd", 0]["failed"].startswith("Step 1: loss ") and "score" in found["baseline", 0]
     assert "`odd`, seed 0, diverged: Step" in (workdir / "study.md").read_text()
     assert "odd, seed 0: diverged" in read(workdir)
 
