@@ -46,27 +46,31 @@ def _figure(width: float, height: float, **options) -> tuple[Figure, np.ndarray]
 
 
 def scores(findings: Findings) -> Figure:
-    """Score of every row with its interval, each seed as a dot, and after equal FLOPs."""
-    figure, axes = _figure(7.2, 0.27 * len(findings.rows) + 1.0)
-    axis: Axes = axes[0, 0]
-    found, equal = findings.means(findings.scores), findings.at_equal_flops()
-    level = found[findings.first].value
-    axis.axvline(level, color=_PALE, lw=1, zorder=0)
+    """Score of every row, each seed as a dot; and what it has more or less than the first row."""
+    size = (9.4, 0.27 * len(findings.rows) + 1.1)
+    figure, axes = _figure(*size, ncols=2, sharey=True, width_ratios=(3, 2))
+    left, right = axes[0]
+    found, against = findings.means(findings.scores), findings.against_first(findings.scores)
+    equal, ink = findings.at_equal_flops(), {"fmt": "o", "ms": 4.5, "lw": 1.3, "capsize": 2}
+    left.axvline(found[findings.first].value, color=_PALE, lw=1, zorder=0)
+    right.axvline(0, color=_PALE, lw=1, zorder=0)
     for y, row in enumerate(findings.rows):
-        reading, color = found[row], _FIRST if row == findings.first else _INK
+        color = _FIRST if row == findings.first else _INK
         seeds = list(findings.scores[row].values())
-        axis.plot(seeds, [y] * len(seeds), "o", color=_PALE, ms=4, zorder=1)
-        axis.errorbar(
-            reading.value, y, xerr=reading.half, fmt="o", color=color, ms=5, lw=1.4, capsize=2.5
-        )
+        left.plot(seeds, [y] * len(seeds), "o", color=_PALE, ms=4, zorder=1)
+        left.errorbar(found[row].value, y, xerr=found[row].half, color=color, **ink)
+        if row in against:
+            right.errorbar(against[row].value, y, xerr=against[row].half, color=_INK, **ink)
         if row in equal and findings.flops(row) != findings.flops(findings.first):
-            axis.plot(level + equal[row].value, y, "D", mfc="white", mec=_COLORS[1], ms=5)
-    axis.plot([], [], "D", mfc="white", mec=_COLORS[1], ms=5, label="first row + difference there")
-    axis.set_yticks(range(len(findings.rows)), findings.rows)
-    axis.invert_yaxis()
-    axis.set_xlim(left=-0.02)
-    axis.set_xlabel("score; bars: 95% of the mean over seeds, pale dots: seeds", fontsize=8)
-    axis.legend(title="at equal FLOPs", fontsize=7, title_fontsize=7, frameon=False, loc="best")
+            right.plot(equal[row].value, y, "D", mfc="white", mec=_COLORS[1], ms=5)
+    right.plot([], [], "o", color=_INK, ms=4.5, label="after equal steps, 95%")
+    right.plot([], [], "D", mfc="white", mec=_COLORS[1], ms=5, label="after equal FLOPs")
+    left.set_yticks(range(len(findings.rows)), findings.rows)
+    left.invert_yaxis()
+    left.set_xlim(left=-0.02)
+    left.set_xlabel("score: mean over the seeds, 95%; pale: each seed", fontsize=8)
+    right.set_xlabel(f"minus that of {findings.first}", fontsize=8)
+    right.legend(fontsize=7, frameon=False, loc="upper left")
     return figure
 
 

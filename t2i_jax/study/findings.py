@@ -84,7 +84,7 @@ class Findings:
     @property
     def validated(self) -> bool:
         """Whether there is a held-out loss of every run."""
-        return all(self.values("validation_loss").values())
+        return all(self.losses.values())
 
     def values(self, name: str) -> dict[str, dict[int, float]]:
         """'score' or 'validation_loss' after the last step, by row and seed."""
@@ -99,9 +99,18 @@ class Findings:
 
     @functools.cached_property
     def losses(self) -> dict[str, dict[int, float]]:
-        """Their natural logarithms: differences of them are ratios."""
-        found = self.values("validation_loss")
-        return {row: {s: math.log(x) for s, x in v.items()} for row, v in found.items()}
+        """Of held-out losses the mean over the noise levels of their natural logarithms.
+
+        So that no level outweighs the others; differences are ratios of geometric means.
+        """
+
+        def one(run: Entry) -> float:
+            return sum(map(math.log, run["by_time"].values())) / len(run["by_time"])
+
+        return {
+            row: {s: one(run) for s, run in self.runs[row].items() if run["by_time"]}
+            for row in self.rows
+        }
 
     def means(self, values: readings.Values) -> dict[str, Reading]:
         return readings.means(values, self.floor)

@@ -18,10 +18,10 @@ from t2i_jax.study.readings import CLEAR, LIKELY, OPEN, Difference, Reading
 SHEET = "samples.png"
 _MARK = {CLEAR: "**", LIKELY: "*"}
 _CAPTIONS = {
-    "scores.png": "Scores after the last step. Diamonds: after as many FLOPs as the first row.",
+    "scores.png": "Scores after the last step, and differences to the first row.",
     "progress.png": "Scores on the way, means over the seeds.",
     "categories.png": "Scores by category, means over the seeds.",
-    "losses.png": "Loss on held-out pictures by the averaged weights, means over the seeds.",
+    "losses.png": "Loss on held-out pictures, means over the seeds and over the noise levels.",
     "speed.png": "Quality against the time of drawing, the text's memory made once.",
     "conditioning.png": "What timestep conditioning costs in parameters.",
 }
@@ -112,8 +112,8 @@ def _short(f: Findings) -> list[str]:
     words = [verdict.word for verdict in claims.judge(f)]
     counts = {word: words.count(word) for word in dict.fromkeys(words)}
     if counts:
-        told = ", ".join(f"{count} {word}" for word, count in counts.items())
-        lines.append(f"- of {len(words)} claims: {told}")
+        told = ", ".join(f"{word}: {count}" for word, count in counts.items())
+        lines.append(f"- {len(words)} claims; {told}")
     return lines
 
 
@@ -241,10 +241,10 @@ def _losses(f: Findings) -> list[str]:
     lines = [
         "## Held-out loss",
         "",
-        f"Mean over the noise levels, on {f.suite['validation_images']} held-out pictures, as a "
-        f"multiple of that of `{f.first}`: less noisy than scores, and not the same thing; the "
-        "levels with little noise, where details are, weigh most. Rows trained with the captions "
-        "of others have such captions here, too.",
+        f"Geometric mean over the noise levels, on {f.suite['validation_images']} held-out "
+        f"pictures, as a multiple of that of `{f.first}`. It tells how well noise is removed, and "
+        "hardly whether the text is heard: most noise levels show what is in the picture. Rows "
+        "trained with the captions of others have such captions here, too.",
         "",
         _line(["design", "times the first row's"]),
         _line(["---", "---:"]),
@@ -271,7 +271,7 @@ def _limits(f: Findings) -> list[str]:
             "intervals do not cover how it would have come out with another seed. What it cost to "
             "train is in no reading."
         )
-    if f.suite["data"] in ("scenes", "digits"):
+    if f.scored:
         lines.append(
             "- The score reads whether a picture shows what was asked for. How good it looks "
             "beyond that, nobody has measured here."

@@ -70,7 +70,7 @@ def run(name, seed, score, steps=100, shuffled=0.01, null=0.0):
         "categories": {category: score for category in CATEGORIES},
         "controls": {"shuffled": shuffled, "null": null},
         "validation_loss": 1.0 - score / 2,
-        "by_time": {"0.5": 1.0},
+        "by_time": {"0.2": 1.0 - score / 2, "0.8": 4 * (1.0 - score / 2)},
         "curves": {
             "score": [[steps // 2, score / 2], [steps, score]],
             "validation_loss": [[steps // 2, 2.0 - score], [steps, 1.0 - score / 2]],

@@ -89,6 +89,13 @@ def test_differences_stand_in_their_weight(tmp_path):
     assert "commit abc and def; jax 0.10 and 0.11" in text
 
 
+def test_losses_are_ratios_of_geometric_means(tmp_path):
+    rows = {"first": [0.2, 0.3], "other": [0.6, 0.6]}
+    text = page(made.entries(rows), tmp_path).split("## Held-out loss")[1]
+    # Of one seed 0.7 / 0.9, of the other 0.7 / 0.85, at either noise level.
+    assert f"| `other` | {(0.7 / 0.9 * 0.7 / 0.85) ** 0.5:.3f} x" in text
+
+
 def test_equal_flops_read_both_at_the_cheaper_ones(tmp_path):
     entries = made.entries(FULL)
     for entry in entries:
@@ -101,10 +108,14 @@ def test_equal_flops_read_both_at_the_cheaper_ones(tmp_path):
 
 def test_what_there_is_nothing_of_is_left_out(tmp_path):
     entries = made.entries({"only": [0.5]})
-    entries[-1] |= {"score": None, "categories": {}, "controls": {}}
+    entries[-1] |= {"score": None, "categories": {}, "controls": {}, "by_time": {}}
     entries[-1]["curves"]["score"] = []
     text = page(entries, tmp_path)
-    assert "## Speed" not in text and "## Claims" not in text and "score" not in text.split("##")[2]
+    assert (
+        "## Speed" not in text
+        and "## Claims" not in text
+        and "score" not in text.split("## What was seen")[1].split("##")[0]
+    )
 
 
 def test_a_run_that_diverged_is_told(tmp_path):
