@@ -51,7 +51,7 @@ def _language_model(config, scratch, source) -> Stored:
 
 def _clip(config, scratch, source) -> Stored:
     path = frozen.tokenizer_path(config, scratch)
-    steps = contrastive.train(
+    steps = contrastive.train_clip(
         config.clip, source, Tokenizer.load(path), config.data.image_size, config.seed
     )
     total = contrastive.STEPS

@@ -54,7 +54,7 @@ def batches(
         yield {"ids": ids, "image": np.stack([row["image"] for row in rows]) / 127.5 - 1}
 
 
-def train(
+def train_clip(
     clip: Mapping[str, Any],
     source: sources.Source,
     tokenizer: Tokenizer,

@@ -44,7 +44,7 @@ def test_it_learns_which_picture_belongs_to_which_text(monkeypatch):
     monkeypatch.setattr(contrastive, "BATCH", 16)
     world = Scenes(16, "train", length=64)
     tokenizer = Tokenizer.train([world.caption(i) for i in range(64)], 300)
-    steps = list(contrastive.train(CLIP, world, tokenizer, 16, seed=0))
+    steps = list(contrastive.train_clip(CLIP, world, tokenizer, 16, seed=0))
     assert len(steps) == 200
     losses = [loss for _, loss in steps]
     # Better than embeddings that say nothing.
@@ -53,5 +53,5 @@ def test_it_learns_which_picture_belongs_to_which_text(monkeypatch):
     ids, _ = tokenizer.encode(["a red ring", "a red ring on a brown background"], 24)
     found = CLIPText(**CLIP).apply({"params": steps[-1][0]}, ids)
     assert found.shape == (2, 8) and not np.allclose(found[0], found[1])
-    again = itertools.islice(contrastive.train(CLIP, world, tokenizer, 16, seed=0), 5)
+    again = itertools.islice(contrastive.train_clip(CLIP, world, tokenizer, 16, seed=0), 5)
     assert [loss for _, loss in again] == losses[:5]

@@ -1,1 +1,0 @@
-"""Suites: lists of configs that are trained and compared together (launch/study.py)."""
