@@ -91,95 +91,79 @@ GROUPS = {
 
 _PAPER, _RECIPE = "the paper", "the paper's final recipe"
 # Relative positions alone: docs/architecture.md, 'A table of absolute positions'.
-_ROTARY = "over 4 x 4 patches the low frequencies, all that M-RoPE's columns have, hardly turn"
+_ROTARY = {
+    "note": "over 4 x 4 patches the low frequencies, all that M-RoPE's columns have, hardly turn"
+}
+
+
+def _claim(words, where, row, expects, other, measure="score", **more):
+    """That `row` has what is expected of a measure, compared with `other`."""
+    head = {"claim": words, "where": where, "rows": (row, other)}
+    return head | {"measure": measure, "expects": expects} | more
+
+
 CLAIMS = [
-    {
-        "claim": "Deep fusion follows prompts better than the self-attention DiT",
-        "where": _PAPER,
-        "rows": ("baseline", "dit-self-attention"),
-        "measure": "score",
-        "expects": "more",
-    },
-    {
-        "claim": "Deep fusion follows prompts better than the cross-attention DiT",
-        "where": _PAPER,
-        "rows": ("baseline", "dit-cross-attention"),
-        "measure": "score",
-        "expects": "more",
-    },
-    {
-        "claim": "With the text's keys kept, deep fusion draws as fast as the self-attention DiT",
-        "where": _PAPER,
-        "rows": ("baseline", "dit-self-attention"),
-        "measure": "sample",
-        "expects": "not more",
-    },
-    {
-        "claim": "Joint attention is no worse than a cross attention of its own",
-        "where": _RECIPE,
-        "rows": ("baseline", "cross-attention"),
-        "measure": "score",
-        "expects": "not less",
-    },
-    {
-        "claim": "Timestep conditioning can go (at the published size 19% of the parameters)",
-        "where": _PAPER,
-        "rows": ("no-temb", "baseline"),
-        "measure": "score",
-        "expects": "not less",
-    },
-    {
-        "claim": "2D-RoPE beats absolute positions",
-        "where": _PAPER,
-        "rows": ("2d-rope", "baseline"),
-        "measure": "score",
-        "expects": "more",
-        "note": _ROTARY,
-    },
-    {
-        "claim": "2D-RoPE beats 1D-RoPE",
-        "where": _PAPER,
-        "rows": ("2d-rope", "1d-rope"),
-        "measure": "score",
-        "expects": "more",
-        "note": _ROTARY,
-    },
-    {
-        "claim": "2D-RoPE is no worse than M-RoPE",
-        "where": _RECIPE,
-        "rows": ("2d-rope", "m-rope"),
-        "measure": "score",
-        "expects": "not less",
-        "note": _ROTARY,
-    },
-    {
-        "claim": "A better language model gives better pictures (Gemma 2; here: trained longer)",
-        "where": _PAPER,
-        "rows": ("llm-longer", "baseline"),
-        "measure": "score",
-        "expects": "more",
-    },
-    {
-        "claim": "CLIP's embedding in the modulation is not needed",
-        "where": _RECIPE,
-        "rows": ("clip-mod", "baseline"),
-        "measure": "score",
-        "expects": "not more",
-    },
-    {
-        "claim": "A DiT of 10/16 of the width is worse",
-        "where": _RECIPE,
-        "rows": ("width-80", "baseline"),
-        "measure": "score",
-        "expects": "less",
-    },
-    {
-        "claim": "Sharing half of the layers is worse than sharing all",
-        "where": _RECIPE,
-        "rows": ("layers-2", "baseline"),
-        "measure": "score",
-        "expects": "less",
-    },
+    _claim(
+        "Deep fusion follows prompts better than the self-attention DiT",
+        _PAPER,
+        "baseline",
+        "more",
+        "dit-self-attention",
+    ),
+    _claim(
+        "Deep fusion follows prompts better than the cross-attention DiT",
+        _PAPER,
+        "baseline",
+        "more",
+        "dit-cross-attention",
+    ),
+    _claim(
+        "With the text's keys kept, deep fusion draws as fast as the self-attention DiT",
+        _PAPER,
+        "baseline",
+        "not more",
+        "dit-self-attention",
+        measure="sample",
+    ),
+    _claim(
+        "Joint attention is no worse than a cross attention of its own",
+        _RECIPE,
+        "baseline",
+        "not less",
+        "cross-attention",
+    ),
+    _claim(
+        "Timestep conditioning can go (at the published size 19% of the parameters)",
+        _PAPER,
+        "no-temb",
+        "not less",
+        "baseline",
+    ),
+    _claim("2D-RoPE beats absolute positions", _PAPER, "2d-rope", "more", "baseline", **_ROTARY),
+    _claim("2D-RoPE beats 1D-RoPE", _PAPER, "2d-rope", "more", "1d-rope", **_ROTARY),
+    _claim("2D-RoPE is no worse than M-RoPE", _RECIPE, "2d-rope", "not less", "m-rope", **_ROTARY),
+    _claim(
+        "A better language model gives better pictures (Gemma 2; here: trained longer)",
+        _PAPER,
+        "llm-longer",
+        "more",
+        "baseline",
+    ),
+    _claim(
+        "CLIP's embedding in the modulation is not needed",
+        _RECIPE,
+        "clip-mod",
+        "not more",
+        "baseline",
+    ),
+    _claim("A DiT of 10/16 of the width is worse", _RECIPE, "width-80", "less", "baseline"),
+    _claim(
+        "Sharing half of the layers is worse than sharing all",
+        _RECIPE,
+        "layers-2",
+        "less",
+        "baseline",
+    ),
     {
         "claim": "Shallow fusion has the better FID",
         "where": _PAPER,

@@ -14,6 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from t2i_jax import config as configs
+from t2i_jax.errors import ConfigError
+from t2i_jax.evaluation.benchmarks import WORLDS
 from t2i_jax.study.digests import digest
 
 FOLDER = "parts"
@@ -48,6 +50,7 @@ def point(config: ConfigDict, base: ConfigDict) -> list[Part]:
     """Sets the paths of weights in an unlocked `config` to those of parts, and returns these.
 
     The paths are relative to the suite's working directory. The seed of parts is the base's.
+    Raises ConfigError where a CLIP would have to be made of other data than a built-in world's.
     """
     found, given = [], config.copy_and_resolve_references()
     if not config.weights.llm:
@@ -57,6 +60,11 @@ def point(config: ConfigDict, base: ConfigDict) -> list[Part]:
         config.weights.llm = f"{FOLDER}/{found[-1].name}"
         config.weights.tokenizer = config.weights.tokenizer or config.weights.llm
     if config.dit.pooled_width and not config.weights.clip:
+        if config.data.source not in WORLDS:
+            raise ConfigError(
+                f"weights.clip = '': one is made of the pictures of {' or '.join(WORLDS)} alone; "
+                f"of data.source = {config.data.source!r} name a directory."
+            )
         found.append(Part("clip", _maker(given, base)))
         config.weights.clip = f"{FOLDER}/{found[-1].name}"
     return found

@@ -103,6 +103,12 @@ def test_what_a_language_model_is_made_with_is_in_its_name(tmp_path, diff):
     assert one.needs[0].name != other.needs[0].name
 
 
+def test_a_clip_is_made_of_a_built_in_world_alone(tmp_path):
+    row = "{**paper_small.CLIP, 'data.source': 'folder', 'data.path': 'x'}"
+    with pytest.raises(ConfigError, match=r"weights.clip = '': .* data.source = 'folder'"):
+        suite.load(write(tmp_path, f'ROWS = [("a", {row})]')).runs([0])
+
+
 def test_a_result_is_decided_by_everything_but_the_name(small, tmp_path):
     file = write(tmp_path, 'ROWS = [("one", {}), ("two", {}), ("three", {"dit.width": 80})]')
     one, two, three, again = suite.load(file).runs([0])[:3] + suite.load(file).runs([1])[:1]
